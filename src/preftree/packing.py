@@ -57,6 +57,11 @@ class PackedRow:
         return self.sequence_ids.numel()
 
     @property
+    def completion_lengths(self) -> torch.Tensor:
+        """LongTensor ``[n]``: tokens of each sequence behind its prompt."""
+        return self.sequence_lengths - self.prompt_lengths
+
+    @property
     def num_unshared_tokens(self) -> int:
         """Tokens that the row's sequences hold when each is computed alone (reads a tensor back to the host)."""
         return int(self.sequence_lengths.sum())
@@ -154,6 +159,16 @@ def pack(trees: Sequence[TokenTree], row_length: int | None = None, pad_token_id
         _lay_out([trees[i] for i in content], [first_sequence[i] for i in content], row_length, pad_token_id)
         for content in rows
     ]
+
+
+def static_length(tokens: int, block: int = 128) -> int:
+    """The shortest of a few fixed row lengths that holds ``tokens``: kernels compiled for one are used again.
+
+    Lengths are ``block`` times 1 to 8, 10, 12, 14, 16, 20, 24, ...: four to each doubling, a tenth of padding on average.
+    """
+    blocks = max(-(-tokens // block), 1)
+    step = 1 << max(blocks.bit_length() - 3, 0)
+    return -(-blocks // step) * step * block
 
 
 def empty_row(row_length: int, pad_token_id: int = 0) -> PackedRow:

@@ -132,6 +132,22 @@ class TokenTree:
             prompt_lengths=torch.tensor([int(length) for length in prompt_lengths], dtype=torch.long),
         )
 
+    def unshared(self) -> TokenTree:
+        """The same sequences side by side, nothing shared: what a packed trainer without prefix sharing computes."""
+        lengths = torch.tensor([path.numel() for path in self.paths])
+        starts = lengths.cumsum(0) - lengths
+        nodes = torch.cat(self.paths)
+        start = starts.repeat_interleave(lengths)
+        node = torch.arange(nodes.numel())
+        return TokenTree(
+            input_ids=self.input_ids[nodes],
+            position_ids=node - start,
+            end=start + lengths.repeat_interleave(lengths),
+            parent=torch.where(node == start, -1, node - 1),
+            paths=list(node.split(lengths.tolist())),
+            prompt_lengths=self.prompt_lengths,
+        )
+
     def __len__(self) -> int:
         """Number of nodes ``S``: the tokens that are computed."""
         return self.input_ids.numel()

@@ -31,7 +31,9 @@ class PreparedModel:
     def __init__(self, model: PreTrainedModel, backend: str):
         self.model = model
         self.backend = backend
-        self.plain_forward: Callable[..., Any] = model.__dict__.get("forward", MethodType(type(model).forward, model))
+        self.stock_forward: Callable[..., Any] = MethodType(type(model).forward, model)
+        # What others (TRL, accelerate) may have put in its place on this instance.
+        self.plain_forward: Callable[..., Any] = model.__dict__.get("forward", self.stock_forward)
         self.backbone = _find_backbone(model)
         self.attention_layers = _num_layers(model)
 
@@ -82,7 +84,7 @@ class PreparedModel:
         try:
             placeholder = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
             extra = {"output_router_logits": False} if _takes(self.model, "output_router_logits") else {}
-            return self.plain_forward(input_ids=placeholder, use_cache=False, **extra).logits[0]
+            return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits[0]
         finally:
             if own is None:
                 del self.backbone.forward

@@ -97,7 +97,7 @@ def _stock_hidden(prepared: PreparedModel, ids: torch.Tensor) -> torch.Tensor:
     captured = []
     hook = prepared.backbone.register_forward_hook(lambda module, args, output: captured.append(output))
     try:
-        prepared.plain_forward(input_ids=ids, use_cache=False)
+        prepared.stock_forward(input_ids=ids, use_cache=False)
     finally:
         hook.remove()
     return captured[-1].last_hidden_state[0].double()
@@ -109,7 +109,7 @@ def _verify_head(prepared: PreparedModel, sequence: list[int], device: torch.dev
     captured = []
     hook = prepared.backbone.register_forward_hook(lambda module, args, output: captured.append(output))
     try:
-        whole = prepared.plain_forward(input_ids=ids, use_cache=False).logits[0].double()
+        whole = prepared.stock_forward(input_ids=ids, use_cache=False).logits[0].double()
     finally:
         hook.remove()
     parts = prepared.logits(captured[-1].last_hidden_state[0]).double()

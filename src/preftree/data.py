@@ -1,0 +1,203 @@
+"""Preference files: JSON Lines, JSON, CSV and Parquet, with errors that name file, row and field."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetInfo
+
+from preftree.trainers.checks import check_columns, check_example
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# What a trainer of pairs reads; other columns are left out, whatever they hold.
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "image", "images")
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def is_local(name: str) -> bool:
+    """Whether a dataset's name means files here rather than a name on the Hub."""
+    return Path(name).exists() or _suffix(Path(name)) in SUFFIXES
+
+
+def find_files(name: str) -> dict[str, Path]:
+    """Splits of a local data set: a file is its "train"; in a folder each file is the split it is named after.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder, or no file of a known kind in it.
+    """
+    path = Path(name)
+    if path.is_dir():
+        files = {file.name.split(".")[0]: file for file in sorted(path.iterdir()) if _suffix(file) in SUFFIXES}
+        if not files:
+            raise FileNotFoundError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+        return files
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    return {"train": path}
+
+
+def load_pairs(path: Path | str, chat_template: bool = True) -> Dataset:
+    """Read and check a file of preference pairs.
+
+    A row holds ``chosen`` and ``rejected``, with or without ``prompt``: strings, or chats as lists of messages
+    ``{"role", "content"}``. ShareGPT's form (``conversations``, messages ``{"from", "value"}``) is turned into chats.
+    Suffixes: .jsonl, .json (a list of rows), .csv, .parquet, the first three also with .gz.
+
+    Args:
+        path: the file.
+        chat_template: whether the tokenizer can take chats.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file, row and field, for whatever is wrong in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}.get(_suffix(path))
+    if reader is None:
+        raise ValueError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+    rows: list[dict[str, Any]] = []
+    kinds: dict[str, type] = {}
+    for where, row in reader(path):
+        row = _normalise(row, where)
+        if not rows:
+            check_columns(row, where)
+        row = {name: row[name] for name in COLUMNS if row.get(name) is not None or name in ("chosen", "rejected")}
+        for name in ("chosen", "rejected"):
+            row.setdefault(name, None)
+        check_example(row, where, chat_template)
+        for name in ("prompt", "chosen", "rejected"):
+            kind = type(row.get(name))
+            if kinds.setdefault(name, kind) is not kind:
+                raise ValueError(
+                    f"{where}, field {name!r} is {_described(kind)}, in the rows before it {_described(kinds[name])}"
+                )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: there is no row in it")
+    dataset = Dataset.from_list(rows)
+    # Later messages about a row name the file by this.
+    dataset.info.update(DatasetInfo(dataset_name=str(path)))
+    return dataset
+
+
+def _described(kind: type) -> str:
+    return {str: "a string", list: "a list", type(None): "missing"}.get(kind, kind.__name__)
+
+
+def _bytes(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.name.endswith(".gz"):
+        try:
+            return gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path}: not a complete gzip file ({error})") from error
+    return data
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: invalid UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    data = _bytes(path)
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        text = _text(line, where)
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            torn = number == len(lines)
+            hint = " (the last line has no newline: is the file torn?)" if torn else ""
+            raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}{hint}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a row must be an object with fields, not {type(row).__name__}")
+        yield where, row
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = json.loads(_text(_bytes(path), str(path)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: must hold a list of rows, not {type(rows).__name__} (one row a line? name it .jsonl)")
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a row must be an object with fields, not {type(row).__name__}")
+        yield where, row
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(1 << 30)
+    reader = csv.DictReader(io.StringIO(_text(_bytes(path), str(path)), newline=""), strict=True)
+    number = 0
+    try:
+        for number, row in enumerate(reader):
+            where = f"{path}, row {number} (line {reader.line_num})"
+            if None in row or None in row.values():
+                raise ValueError(f"{where}: {len(reader.fieldnames or ())} columns in the header, another number here")
+            yield where, dict(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, behind row {number}: not valid CSV: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                yield f"{path}, row {number}", row
+                number += 1
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _normalise(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """ShareGPT's form as chats: ``conversations`` is the prompt, responses are messages; other rows as they are."""
+    if "conversations" in row and "prompt" not in row:
+        row = {**row, "prompt": row["conversations"]}
+        for name in ("chosen", "rejected"):
+            if isinstance(row.get(name), dict):
+                row[name] = [row[name]]
+    return {
+        name: _as_chat(value, where, name) if name in ("prompt", "chosen", "rejected") else value
+        for name, value in row.items()
+    }
+
+
+def _as_chat(value: Any, where: str, name: str) -> Any:
+    if not isinstance(value, list) or not any(isinstance(message, dict) and "from" in message for message in value):
+        return value
+    messages = []
+    for number, message in enumerate(value):
+        role = _SHAREGPT_ROLES.get(str(message.get("from")) if isinstance(message, dict) else "")
+        if role is None or not isinstance(message.get("value"), str):
+            raise ValueError(
+                f"{where}, field {name!r}, message {number}: 'from' must be one of {', '.join(_SHAREGPT_ROLES)} and "
+                "'value' a string"
+            )
+        messages.append({"role": role, "content": message["value"]})
+    return messages

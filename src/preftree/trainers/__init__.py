@@ -1,0 +1,1 @@
+"""Drop-in replacements for TRL's trainers of preference pairs."""

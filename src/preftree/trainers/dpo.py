@@ -1,0 +1,438 @@
+"""`DPOTrainer`: TRL's, with the prompt of each pair computed once."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedModel
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import get_config_model_id, hash_module, use_adapter
+
+from preftree.logprobs import sequence_logps
+from preftree.models import prepare_model, prepared_part
+from preftree.models.refusals import active_dropout, disable_dropout
+from preftree.objectives import DPO_LOSSES, MIXING, DPOOptions
+from preftree.packing import PackedRow, empty_row
+from preftree.trainers import reference
+from preftree.trainers.checks import PairCheck, check_columns, check_example, check_weights
+from preftree.trainers.collator import TreeCollator
+from preftree.trainers.config import DPOConfig
+from preftree.trainers.step import MicroBatch, pairs_of, statistics, weighted_logps, wpo_weights
+from preftree.version import __version__
+
+_ROW = "preftree_row"
+
+
+class DPOTrainer(trl.DPOTrainer):
+    """TRL's `DPOTrainer` with the same arguments, columns, defaults, losses and metrics; prompts are computed once.
+
+    A micro-batch's pairs are packed into rows (`DPOConfig.row_length`), which run one after the other; their gradients
+    add up to those of TRL's padded batch. Everything else (data preparation, accumulation, evaluation, checkpoints,
+    distribution, logging) is TRL's and transformers' own.
+
+    Raises:
+        NotImplementedError: for a model or setting that cannot be computed exactly (see `preftree.prepare_model`),
+            for images, and for a mixture-of-experts auxiliary loss.
+        ValueError: for bad data, naming row and field, and for weights that are not finite.
+    """
+
+    model: Any
+    args: Any
+
+    def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, **kwargs):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = DPOConfig(f"{name.split('/')[-1]}-DPO")
+        elif not isinstance(args, DPOConfig):
+            args = _upgrade(args)
+        for part, name in ((model, "model"), (ref_model, "ref_model")):
+            if isinstance(part, torch.nn.Module):
+                check_weights(part, name)
+        # TRL's constructor already computes reference log-probabilities, so what that needs is set before it runs.
+        self._vocabulary = _vocabulary_of(model, args)
+        self._user_collator = data_collator is not None
+        self._batch: MicroBatch | None = None
+        # What training has computed so far on this rank: pairs, rows, row_tokens (padding included), tokens, and
+        # unshared_tokens (what the same sequences hold one by one).
+        self.computed: Counter[str] = Counter()
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            **kwargs,
+        )
+        if isinstance(model, str):
+            check_weights(self.model, "model")
+        self._prepare_for_trees()
+
+    # ------------------------------------------------------------------------------------------------ preparation
+
+    def _prepare_for_trees(self) -> None:
+        """Prepare policy and reference, and put the collator in place; does nothing the second time."""
+        if self.aux_loss_enabled:
+            raise NotImplementedError(
+                f"{type(self.model).__name__}: router_aux_loss_coef={self.router_aux_loss_coef}: the auxiliary loss "
+                "counts tokens over the whole padded batch; set router_aux_loss_coef=0.0 to train without it"
+            )
+        for part in (self.model, self.ref_model):
+            if part is None or prepared_part(part) is not None:
+                continue
+            if self.args.disable_dropout:
+                disable_dropout(part)
+            elif (found := next(active_dropout(part), None)) is not None:
+                raise ValueError(
+                    f"disable_dropout=False, but {found[0] or 'the model'} has dropout {found[2]}: a shared prefix cannot "
+                    "reproduce separate dropout masks"
+                )
+            prepare_model(self.accelerator.unwrap_model(part), self.args.attention_backend)
+        if not isinstance(self.data_collator, TreeCollator):
+            padded = self.data_collator
+            self._trees = TreeCollator(
+                pad_token_id=self._tokenizer.pad_token_id,
+                max_length=self.args.max_length,
+                truncation_mode=self.args.truncation_mode,
+                row_length=self.args.row_length,
+                static=self.args.device.type == "cuda",
+                share_prefixes=self.args.share_prefixes,
+                padded=padded if self.compute_metrics is not None else None,
+            )
+            if not self._user_collator:
+                self.data_collator = self._trees
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        source = f"{dataset_name} dataset"
+        if dataset.info.dataset_name:
+            source += f" ({dataset.info.dataset_name})"
+        check_columns(dataset.column_names, source)
+        chat_template = getattr(processing_class, "chat_template", None) is not None
+        check = PairCheck(
+            source, self._vocabulary, args.max_length, args.truncation_mode, args.row_length, args.overlong
+        )
+
+        def checked(example: dict[str, Any], index: int) -> dict[str, Any]:
+            check_example(example, f"{source}, row {index}", chat_template)
+            return example
+
+        if isinstance(dataset, IterableDataset):
+            # Checked as it comes; rows are numbered in the order of the stream.
+            dataset = dataset.map(checked, with_indices=True)
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            return dataset.map(_Streamed(check), with_indices=True).filter(lambda example: example["chosen_ids"])
+        for index, example in enumerate(dataset):
+            checked(example, index)
+        # Rows keep the number they have in the user's data, also behind TRL's filters.
+        dataset = dataset.add_column(_ROW, list(range(len(dataset))))
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        kept, changed = [], {}
+        columns = [n for n in (_ROW, "prompt", "prompt_ids", "chosen_ids", "rejected_ids") if n in dataset.column_names]
+        for index, example in enumerate(dataset.select_columns(columns)):
+            pair = check(example, f"{source}, row {example[_ROW]}")
+            if pair is not None:
+                kept.append(index)
+                if pair != example:
+                    changed[index] = pair
+        check.report()
+        if not kept:
+            raise ValueError(
+                f"{source}: no pair is left to train on (max_length={args.max_length}, {check.dropped} dropped)"
+            )
+        if changed:
+            dataset = dataset.map(lambda example, index: changed.get(index, example), with_indices=True)
+        dataset = dataset.remove_columns(_ROW)
+        return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+    # ------------------------------------------------------------------------------------------------------ steps
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        batch = self._batch = self._micro_batch(inputs)
+        if len(batch.rows) > 1 and MIXING.intersection(self.loss_types):
+            self._find_gradient(model, batch)
+        loss = torch.zeros((), device=self.args.device)
+        for number, row in enumerate(batch.rows):
+            # Gradients are exchanged between ranks once, with the last row.
+            last = number == len(batch.rows) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, {"row": row}, num_items_in_batch)
+        if batch.gradient is not None:
+            loss = batch.values["loss"] / self.current_gradient_accumulation_steps
+        self._log_metrics(batch, "train")
+        self._count(batch)
+        self._batch = None
+        return loss
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        if "row" in inputs and self._batch is not None:
+            return self._row_loss(model, self._batch, inputs["row"])
+        mode = "train" if self.model.training else "eval"
+        batch = self._micro_batch(inputs)
+        if len(batch.rows) > 1 and MIXING.intersection(self.loss_types):
+            self._find_gradient(model, batch)
+        loss = sum(self._row_loss(model, batch, row) for row in batch.rows)
+        if batch.gradient is not None:
+            # The surrogate has the right gradient and another value.
+            loss = loss + (batch.values["loss"] - loss).detach()
+        self._log_metrics(batch, mode)
+        if not return_outputs:
+            return loss
+        warnings.warn(
+            "`compute_metrics` is given the logits of whole sequences, which are computed for it with an extra, unshared "
+            "forward pass.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        padded = inputs["padded"]
+        with torch.no_grad():
+            outputs = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False)
+        inputs["input_ids"] = padded["input_ids"]  # `prediction_step` hands these to compute_metrics as labels
+        return loss, outputs
+
+    def _micro_batch(self, inputs) -> MicroBatch:
+        if "rows" not in inputs:  # a collator of the user's, in TRL's padded format
+            inputs.update(self._trees.from_padded(inputs))
+        batch = MicroBatch.from_inputs(self._prepare_inputs(inputs))
+        if self.args.world_size > 1:
+            # The same number of forward passes on every rank, or collectives inside the model would wait for ever.
+            count = torch.tensor([len(batch.rows)], device=self.args.device)
+            most = int(self.accelerator.gather(count).max())
+            spare = [empty_row(len(batch.rows[0]), self._tokenizer.pad_token_id) for _ in range(most - len(batch.rows))]
+            batch.rows = [*spare, *batch.rows]
+        return batch
+
+    def _row_loss(self, model, batch: MicroBatch, row: PackedRow) -> torch.Tensor:
+        """The row's share of the micro-batch's loss; its values go into the micro-batch's record."""
+        out = sequence_logps(model, row, statistics=True)
+        if out.logps is None:
+            raise ValueError("the model gave no log-probabilities")
+        if not out.logps.numel():
+            return out.logps.sum()
+        row = row.to(out.logps.device)
+        logps = weighted_logps(out, self.ld_alpha)
+        if batch.gradient is not None:
+            batch.record(row, **statistics(out))
+            return (batch.gradient[row.sequence_ids] * logps).sum()
+        ref = self._reference_logps(row, batch)
+        batch.record(row, logps=logps, ref=ref, **statistics(out))
+        losses = self._losses(batch, row.completion_lengths, logps, out.logps, ref)
+        if self.use_weighting:
+            losses = losses * wpo_weights(out).view(-1, 2).prod(1)
+        return losses.sum() / batch.pairs
+
+    def _losses(
+        self, batch: MicroBatch, lengths: torch.Tensor, logps: torch.Tensor, plain: torch.Tensor, ref: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of the loss types for each pair, ``[n / 2]`` (arguments as in `pairs_of`)."""
+        pairs = pairs_of(batch, lengths, logps, plain, ref)
+        options = DPOOptions(
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            discopop_tau=self.args.discopop_tau,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+        )
+        total = torch.zeros_like(pairs.chosen)
+        for name, weight in zip(self.loss_types, self.loss_weights, strict=True):
+            total = total + weight * DPO_LOSSES[name](pairs, options)
+        return total
+
+    def _find_gradient(self, model, batch: MicroBatch) -> None:
+        """First pass, for losses that mix the pairs of a micro-batch: the loss, and its gradient by log-probability."""
+        with torch.no_grad():
+            for row in batch.rows:
+                out = sequence_logps(model, row)
+                if row.num_sequences and out.logps is not None:
+                    row = row.to(out.logps.device)
+                    logps, ref = weighted_logps(out, self.ld_alpha), self._reference_logps(row, batch)
+                    batch.record(row, logps=logps, plain=out.logps, ref=ref, lengths=row.completion_lengths)
+        values = batch.values
+        logps = values["logps"].clone().requires_grad_()
+        plain = values["plain"].clone().requires_grad_()
+        with torch.enable_grad():
+            loss = self._losses(batch, values["lengths"], logps, plain, values["ref"]).mean()
+            gradient, plain_gradient = torch.autograd.grad(loss, (logps, plain), allow_unused=True)
+        if gradient is None:
+            gradient = torch.zeros_like(logps)
+        if plain_gradient is not None and bool(plain_gradient.any()):
+            if self.ld_alpha is not None:
+                raise NotImplementedError(
+                    "loss_type 'sft' together with 'aot' and ld_alpha needs all pairs of a micro-batch in one row: "
+                    "raise row_length"
+                )
+            gradient = gradient + plain_gradient
+        batch.gradient = gradient
+        values["loss"] = loss.detach()
+
+    # -------------------------------------------------------------------------------------------------- reference
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[torch.nn.Module]:
+        """The reference: a second model, or the policy with its adapter off (or the adapter it started from on)."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
+            stack.enter_context(self.accelerator.autocast())
+            model = self.ref_model
+            if model is None:
+                model = self.model
+                peft_model = self.accelerator.unwrap_model(self.model)
+                if hasattr(peft_model, "disable_adapter"):
+                    adapter = "ref" if "ref" in peft_model.peft_config else None
+                    stack.enter_context(use_adapter(peft_model, adapter_name=adapter))
+            yield model
+
+    def _reference_logps(self, row: PackedRow, batch: MicroBatch | None) -> torch.Tensor:
+        """The reference's log-probabilities of the row's sequences ``[n]``, cached ones where the data have them."""
+        if batch is not None and self.precompute_ref_logps:
+            if batch.given_reference is None:
+                raise ValueError(
+                    "precompute_ref_log_probs=True, but the batch has no ref_chosen_logps and ref_rejected_logps: a "
+                    "data collator must hand these columns on"
+                )
+            return batch.given_reference.to(self.args.device)[row.sequence_ids]
+        with self._as_reference() as model:
+            return weighted_logps(sequence_logps(model, row), self.ld_alpha)
+
+    def compute_ref_log_probs(self, model, inputs):
+        """The reference's log-probabilities of a collated batch: ``(chosen [pairs], rejected [pairs])``."""
+        batch = self._micro_batch(dict(inputs))
+        for row in batch.rows:
+            row = row.to(self.args.device)
+            values = self._reference_logps(row, None)
+            if row.num_sequences:
+                batch.record(row, ref=values)
+        return batch.by_side("ref")
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if isinstance(dataset, IterableDataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # raises
+        self._prepare_for_trees()
+        args = self.args
+        # Collated as in training, but the order does not matter: pairs of like length share rows well.
+        settings = {
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+            "ld_alpha": self.ld_alpha,
+            "precision": self.accelerator.mixed_precision,
+            "dtype": str(next(self.model.parameters()).dtype),
+            "device": args.device.type,
+            "versions": [__version__, torch.__version__],
+        }
+        examples = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        key = reference.content_key(self._precompute_model_hash or hash_module(self.model), examples, settings)
+        directory = reference.default_directory() if args.ref_logps_cache_dir is None else None
+        path = (directory or reference.Path(str(args.ref_logps_cache_dir))) / f"{key}.safetensors"
+        columns = reference.load(path, key, len(dataset))
+        if columns is None:
+            columns = self._run_reference(examples, name, batch_size)
+            if self.accelerator.is_main_process:
+                reference.save(path, key, columns)
+            self.accelerator.wait_for_everyone()
+        for column, values in columns.items():
+            dataset = dataset.add_column(column, values.tolist())
+        return dataset
+
+    def _run_reference(self, examples: Dataset, name: str, batch_size: int) -> dict[str, torch.Tensor]:
+        loader = torch.utils.data.DataLoader(
+            examples,
+            batch_size=batch_size,
+            collate_fn=self._trees,
+            num_workers=self.args.dataloader_num_workers,
+            shuffle=False,
+        )
+        loader = self.accelerator.prepare(loader)
+        chosen, rejected = [], []
+        was_training = self.model.training
+        self.model.eval()
+        for inputs in tqdm(loader, desc=f"Computing reference log probs for {name} dataset"):
+            sides = self.accelerator.gather_for_metrics(
+                self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            )
+            chosen.append(sides[0])
+            rejected.append(sides[1])
+        self.model.train(was_training)
+        return reference.columns_of(chosen, rejected)
+
+    # ---------------------------------------------------------------------------------------------------- metrics
+
+    def _count(self, batch: MicroBatch) -> None:
+        """Count what training computes, and would compute unshared, on this rank."""
+        self.computed["pairs"] += batch.pairs
+        self.computed["rows"] += len(batch.rows)
+        self.computed["row_tokens"] += sum(len(row) for row in batch.rows)
+        self.computed["tokens"] += sum(row.num_tokens for row in batch.rows)
+        self.computed["unshared_tokens"] += batch.num_tokens
+
+    def _log_metrics(self, batch: MicroBatch, mode: str) -> None:
+        """TRL's metrics of one micro-batch, from its whole record: they do not depend on how it was cut into rows."""
+        metrics, gather = self._metrics[mode], self.accelerator.gather
+        chosen, rejected = batch.by_side("logps")
+        ref_chosen, ref_rejected = batch.by_side("ref")
+        chosen_rewards, rejected_rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
+        sums = {name: torch.stack(batch.by_side(name)).sum(1) for name in ("tokens", "entropy", "mean_logits", "top1")}
+        # [metric, side], summed over ranks: token metrics weigh by tokens, the others by pairs.
+        table = gather(torch.stack(list(sums.values()))[None]).sum(0)
+        tokens, entropy, mean_logits, top1 = table
+        metrics["entropy"].append(_ratio(entropy.sum(), tokens.sum()))
+        if mode == "train":
+            counted = gather(torch.tensor([batch.num_tokens], device=self.args.device)).sum().item()
+            self._total_train_tokens += counted // self._tp_size
+        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["logits/chosen"].append(_ratio(mean_logits[0], tokens[0]))
+        metrics["logits/rejected"].append(_ratio(mean_logits[1], tokens[1]))
+        metrics["mean_token_accuracy"].append(_ratio(top1[0], tokens[0]))
+        metrics["rewards/chosen"].append(gather(chosen_rewards).mean().item())
+        metrics["rewards/rejected"].append(gather(rejected_rewards).mean().item())
+        metrics["rewards/accuracies"].append(gather((chosen_rewards > rejected_rewards).float()).mean().item())
+        metrics["rewards/margins"].append(gather(chosen_rewards - rejected_rewards).mean().item())
+        metrics["logps/chosen"].append(gather(chosen).mean().item())
+        metrics["logps/rejected"].append(gather(rejected).mean().item())
+
+    def floating_point_ops(self, inputs) -> int:
+        """6 operations per parameter and computed token; attention's own are left out, as transformers does."""
+        if "rows" not in inputs:
+            return super().floating_point_ops(inputs)
+        model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
+        return 6 * sum(row.num_tokens for row in inputs["rows"]) * model.num_parameters(exclude_embeddings=True)
+
+
+class _Streamed:
+    """`PairCheck` for a stream: dropped pairs come out empty, to be filtered away."""
+
+    def __init__(self, check: PairCheck):
+        self.check = check
+
+    def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
+        pair = self.check(example, f"{self.check.source}, row {index}")
+        return {**example, "chosen_ids": []} if pair is None else pair
+
+
+def _ratio(total: torch.Tensor, count: torch.Tensor) -> float:
+    return (total / count).item() if count > 0 else 0.0
+
+
+def _upgrade(args: trl.DPOConfig) -> DPOConfig:
+    """TRL's own config, for users who change only the trainer's import: ours with the defaults of our fields."""
+    config = DPOConfig.__new__(DPOConfig)
+    vars(config).update({own.name: own.default for own in fields(DPOConfig) if not hasattr(args, own.name)})
+    vars(config).update(vars(args))
+    return config
+
+
+def _vocabulary_of(model: Any, args: trl.DPOConfig) -> int:
+    """Token ids that the model has an embedding for (of a model still to be loaded: by its config)."""
+    if not isinstance(model, str):
+        return model.get_input_embeddings().num_embeddings
+    loading: Any = args.model_init_kwargs or {}
+    named = {name: loading[name] for name in ("revision", "gguf_file", "subfolder", "token") if name in loading}
+    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **named)
+    return config.get_text_config().vocab_size

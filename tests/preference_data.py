@@ -1,0 +1,45 @@
+"""Random preference pairs for the tests' word tokenizer."""
+
+import random
+
+from conftest import WORDS
+from datasets import Dataset
+
+
+def sentence(generator: random.Random, low: int, high: int) -> str:
+    return " ".join(generator.choice(WORDS) for _ in range(generator.randint(low, high)))
+
+
+def text_pairs(count: int, seed: int = 0, explicit: bool = True) -> list[dict]:
+    """Plain-text pairs of odd lengths; some responses begin alike."""
+    generator = random.Random(seed)
+    pairs = []
+    for index in range(count):
+        prompt = sentence(generator, 3, 25) + " "
+        chosen, rejected = sentence(generator, 1, 14), sentence(generator, 2, 9)
+        if index % 3 == 0:
+            rejected = f"{chosen} {rejected}"
+        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        pairs.append(pair if explicit else {"chosen": prompt + chosen, "rejected": prompt + rejected})
+    return pairs
+
+
+def chat_pairs(count: int, seed: int = 0) -> list[dict]:
+    """Chats, a third of them with several turns."""
+    generator = random.Random(seed)
+    pairs = []
+    for index in range(count):
+        roles = ["user", "assistant", "user"] if index % 3 == 0 else ["user"]
+        prompt = [{"role": role, "content": sentence(generator, 3, 12)} for role in roles]
+        pairs.append(
+            {
+                "prompt": prompt,
+                "chosen": [{"role": "assistant", "content": sentence(generator, 2, 10)}],
+                "rejected": [{"role": "assistant", "content": sentence(generator, 2, 10)}],
+            }
+        )
+    return pairs
+
+
+def dataset(pairs: list[dict]) -> Dataset:
+    return Dataset.from_list(pairs)
