@@ -64,7 +64,9 @@ def load_pairs(path: Path | str, chat_template: bool = True) -> Dataset:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}.get(_suffix(path))
+    reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}.get(
+        _suffix(path)
+    )
     if reader is None:
         raise ValueError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
     rows: list[dict[str, Any]] = []
@@ -138,7 +140,9 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: must hold a list of rows, not {type(rows).__name__} (one row a line? name it .jsonl)")
+        raise ValueError(
+            f"{path}: must hold a list of rows, not {type(rows).__name__} (one row a line? name it .jsonl)"
+        )
     for number, row in enumerate(rows):
         where = f"{path}, row {number}"
         if not isinstance(row, dict):

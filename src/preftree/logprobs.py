@@ -119,9 +119,10 @@ def _score_chunk(logits_CV: torch.Tensor, targets_C: torch.Tensor, statistics: b
     scores = {"token_logps": logits_CV.gather(-1, targets_C[:, None])[:, 0] - log_z_C}
     if statistics:
         with torch.no_grad():
-            log_p_CV = logits_CV - log_z_C[:, None]
-            scores["entropy"] = -(log_p_CV.exp() * log_p_CV).sum(-1)
+            # One array of the logits' size and no more; sums of products are taken as dot products.
+            p_CV = (logits_CV - log_z_C[:, None]).exp_()
+            scores["entropy"] = log_z_C - torch.einsum("cv,cv->c", p_CV, logits_CV)
             scores["mean_logits"] = logits_CV.mean(-1)
             scores["is_top1"] = logits_CV.argmax(-1) == targets_C
-            scores["log_sum_sq_probs"] = (2 * log_p_CV).logsumexp(-1)
+            scores["log_sum_sq_probs"] = torch.einsum("cv,cv->c", p_CV, p_CV).log()
     return scores

@@ -110,6 +110,17 @@ class DPOTrainer(trl.DPOTrainer):
             if not self._user_collator:
                 self.data_collator = self._trees
 
+    @classmethod
+    def tokenize(cls, dataset: Dataset, tokenizer: Any, args: DPOConfig, vocabulary: int) -> Dataset:
+        """A data set checked and tokenised as for training, without a model: adds `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+        Raises:
+            ValueError: for bad data, naming row and field.
+        """
+        trainer = cls.__new__(cls)
+        trainer._tokenizer, trainer._vocabulary = tokenizer, vocabulary
+        return trainer._prepare_dataset(dataset, tokenizer, args, "train")
+
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         source = f"{dataset_name} dataset"
         if dataset.info.dataset_name:

@@ -1,0 +1,272 @@
+"""The command line: `preftree dpo` trains as `trl dpo` does, `preftree plan` says what sharing would save."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trl
+from datasets import load_dataset
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from preftree import data, plan, report
+from preftree.packing import pack
+from preftree.trainers.collator import pair_tree
+from preftree.trainers.config import DPOConfig
+from preftree.trainers.dpo import DPOTrainer
+from preftree.version import __version__
+
+EPILOG = """\
+commands:
+  dpo    train on preference pairs; takes what `trl dpo` takes, by the same names
+  plan   read the same recipe and say what sharing prefixes saves on its data; loads no weights
+
+Both take --config recipe.yaml, and every field also as a flag. `preftree dpo --help` lists them.
+"""
+
+
+@dataclass
+class ScriptArguments(trl.ScriptArguments):
+    """TRL's script arguments; `dataset_name` may also be a local file or folder."""
+
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Held-out data: a local file, or a data set's name (its `dataset_test_split`)."},
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "A Jinja chat template for a tokenizer that has none (or another one)."}
+    )
+    draw: str | None = field(
+        default=None,
+        metadata={"help": "For `preftree plan`: where to write a picture of lengths and a packed row (PNG)."},
+    )
+
+
+def _parser(prog: str) -> trl.TrlParser:
+    kinds: Any = (ScriptArguments, DPOConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
+    return trl.TrlParser(kinds, prog=prog)
+
+
+def _load_datasets(script: ScriptArguments, args: DPOConfig, mixture: Any, chat_template: bool) -> tuple[Any, Any]:
+    """Training and held-out data (None without evaluation), from local files, the Hub, or TRL's mixtures."""
+    evaluate = args.eval_strategy != "no"
+    if mixture.datasets:
+        splits = trl.get_dataset(mixture)
+        return splits[script.dataset_train_split], splits[script.dataset_test_split] if evaluate else None
+    if not script.dataset_name:
+        raise ValueError("no data: give --dataset_name (a local file, a folder, or a name on the Hub) or `datasets`")
+
+    def load(name: str, split: str, only: bool) -> Any:
+        if not data.is_local(name):
+            return load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming, split=split)
+        files = data.find_files(name)
+        path = next(iter(files.values())) if only and len(files) == 1 else files.get(split)
+        if path is None:
+            raise ValueError(f"{name}: there is no file for split {split!r} (found: {', '.join(files)})")
+        dataset = data.load_pairs(path, chat_template)
+        return dataset.to_iterable_dataset() if script.dataset_streaming else dataset
+
+    train = load(script.dataset_name, script.dataset_train_split, only=True)
+    if not evaluate:
+        return train, None
+    if script.eval_dataset_name:
+        return train, load(script.eval_dataset_name, script.dataset_test_split, only=True)
+    return train, load(script.dataset_name, script.dataset_test_split, only=False)
+
+
+def _tokenizer(script: ScriptArguments, args: DPOConfig, model_args: trl.ModelConfig) -> Any:
+    if not model_args.model_name_or_path:
+        raise ValueError("no model: give --model_name_or_path")
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    if script.chat_template_path:
+        tokenizer.chat_template = Path(script.chat_template_path).read_text(encoding="utf-8")
+    return tokenizer
+
+
+class _Progress(ProgressCallback):
+    """Transformers' progress bar, with loss and margin beside it and one short line a log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        prefix = "eval_" if "eval_loss" in logs else ""
+        if f"{prefix}loss" not in logs:
+            return
+        names = (("loss", "loss"), ("margin", "rewards/margins"), ("accuracy", "rewards/accuracies"))
+        text = "  ".join(f"{name} {float(logs[prefix + key]):.4f}" for name, key in names if prefix + key in logs)
+        line = f"step {state.global_step:>5}  {'held out  ' if prefix else ''}{text}"
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line)
+
+
+class _Interrupt(TrainerCallback):
+    """Ctrl-C ends the step that is running, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _handle(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\ninterrupted: saving a checkpoint after this step (again to stop at once)", file=sys.stderr)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self._handle)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run_dpo(argv: Sequence[str]) -> DPOTrainer | None:
+    """Train as the arguments say, save model, tokenizer and report; the trainer, or None if it was interrupted.
+
+    Raises:
+        ValueError, NotImplementedError, OSError: for bad input, before training.
+    """
+    script, args, model_args, mixture = _parser("preftree dpo").parse_args_and_config(argv, fail_with_unknown_args=True)
+    if model_args.model_name_or_path is None:
+        raise ValueError("no model: give --model_name_or_path")
+    # What the model is loaded with, as `trl dpo` passes it on; the recipe's own model_init_kwargs win.
+    loading = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    args.model_init_kwargs = loading | (args.model_init_kwargs or {})
+    tokenizer = _tokenizer(script, args, model_args)
+    train, held_out = _load_datasets(script, args, mixture, tokenizer.chat_template is not None)
+    resume = _checkpoint(args)
+    interrupt = _Interrupt()
+    trainer = DPOTrainer(
+        model=model_args.model_name_or_path,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        quantization_config=trl.get_quantization_config(model_args),
+        peft_config=trl.get_peft_config(model_args),
+        callbacks=[interrupt],
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Progress())
+    if held_out is not None and args.eval_on_start is False and resume is None:
+        args.eval_on_start = True  # held-out pairs before training, to compare with
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    seconds = time.perf_counter() - started
+    if interrupt.asked:
+        last = get_last_checkpoint(str(args.output_dir))
+        print(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint {last}")
+        return None
+    trainer.save_model(args.output_dir)
+    if trainer.accelerator.is_main_process:
+        settings = {
+            "model": model_args.model_name_or_path,
+            "data": script.dataset_name,
+            "loss_type": ", ".join(args.loss_type),
+            "beta": args.beta,
+            "learning_rate": args.learning_rate,
+            "pairs a micro-batch": args.per_device_train_batch_size,
+            "accumulation": args.gradient_accumulation_steps,
+            "row_length": args.row_length,
+            "share_prefixes": args.share_prefixes,
+            "steps": trainer.state.global_step,
+        }
+        path = report.write_report(
+            Path(str(args.output_dir)), trainer.state.log_history, trainer.computed, settings, seconds
+        )
+        print(f"model and tokenizer saved to {args.output_dir}; report: {path}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
+
+
+def _train(argv: Sequence[str]) -> int:
+    return 130 if run_dpo(argv) is None else 0
+
+
+def _checkpoint(args: DPOConfig) -> str | None:
+    """The checkpoint to resume from; "true" means the last one in output_dir."""
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() in ("", "false", "none"):
+        return None
+    if str(asked).lower() != "true":
+        if not Path(asked).is_dir():
+            raise FileNotFoundError(f"--resume_from_checkpoint {asked}: no such folder")
+        return str(asked)
+    last = get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
+    if last is None:
+        raise FileNotFoundError(f"--resume_from_checkpoint true: there is no checkpoint in {args.output_dir}")
+    return last
+
+
+def _plan(argv: Sequence[str]) -> int:
+    script, args, model_args, mixture = _parser("preftree plan").parse_args_and_config(
+        argv, fail_with_unknown_args=True
+    )
+    tokenizer = _tokenizer(script, args, model_args)
+    config = AutoConfig.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    train, _ = _load_datasets(script, args, mixture, tokenizer.chat_template is not None)
+    row_length, args.row_length = args.row_length, None
+    dataset = DPOTrainer.tokenize(train, tokenizer, args, config.get_text_config().vocab_size)
+    trees = [pair_tree(example, args.max_length, args.truncation_mode) for example in dataset]
+    result = plan.make_plan(trees, args.per_device_train_batch_size, row_length, plan.ModelCost.from_config(config))
+    for name, value in plan.describe(result):
+        print(f"{name:<28} {value}")
+    if script.draw:
+        from preftree.plot import draw_lengths
+
+        lengths = {"prompt": result.prompts, "response": result.responses, "pair, shared": result.trees}
+        print(f"lengths drawn to {draw_lengths(lengths, script.draw)}")
+        row = pack(trees[: args.per_device_train_batch_size], result.row_length)[0]
+        mask = Path(script.draw).with_stem(Path(script.draw).stem + "-row")
+        print(f"first row drawn to {row.draw(mask, max_size=512)}")
+    return 0
+
+
+COMMANDS = {"dpo": _train, "plan": _plan}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; errors in the input are one line on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="preftree",
+        description="Exact prefix sharing for training language models on preference pairs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"preftree {__version__}")
+    parser.add_argument("command", choices=COMMANDS, help="what to do")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = parser.parse_args(arguments[:1]).command
+    try:
+        return COMMANDS[command](arguments[1:])
+    except (ValueError, NotImplementedError, OSError) as error:
+        print(f"preftree {command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""What sharing prefixes saves on given data, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from preftree.packing import pack, static_length
+from preftree.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Forward operations of a decoder: per computed token, per scored token (the head), per visible query-key pair."""
+
+    per_token: float
+    per_scored: float
+    per_pair: float
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> ModelCost:
+        """Counted on the model's shape, without weights. A mixture of experts counts its active experts only."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        text = config.get_text_config()
+        head = model.get_output_embeddings().weight.numel()
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        embedding = {id(parameter) for table in tables for parameter in table.parameters()}
+        experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+        active = (getattr(text, "num_experts_per_tok", None) or 1) / experts if experts > 1 else 1.0
+        body = sum(
+            parameter.numel() * (active if ".experts." in name else 1.0)
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in embedding
+        )
+        heads = text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return cls(2 * body, 2 * head, 4 * heads * head_size * text.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts over all pairs of a data set, and what they promise.
+
+    Attributes:
+        pairs: how many.
+        unshared_tokens: tokens of all sequences, each by itself.
+        padded_tokens: the same in padded batches, every row as long as its batch's longest, in the data's order.
+        shared_tokens: tokens with prefixes computed once.
+        row_length: tokens of a row, as given or as suggested.
+        row_tokens: tokens of all rows, padding included.
+        rows_per_step: mean number of rows of a micro-batch.
+        speedup: expected ratio of computation, packed but unshared over shared (None without the model's shape).
+        speedup_padded: the same for padded batches over shared rows.
+        prompts, responses, trees: lengths in tokens.
+    """
+
+    pairs: int
+    unshared_tokens: int
+    padded_tokens: int
+    shared_tokens: int
+    row_length: int
+    suggested: bool
+    row_tokens: int
+    rows_per_step: float
+    speedup: float | None
+    speedup_padded: float | None
+    prompts: list[int]
+    responses: list[int]
+    trees: list[int]
+
+    @property
+    def saving(self) -> float:
+        """Tokens without sharing over tokens with it."""
+        return self.unshared_tokens / self.shared_tokens
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' tokens that is not padding."""
+        return self.shared_tokens / self.row_tokens
+
+
+def make_plan(
+    trees: Sequence[TokenTree], batch_size: int, row_length: int | None = None, cost: ModelCost | None = None
+) -> Plan:
+    """Plan for pairs as trees, ``batch_size`` pairs to a micro-batch, in their order.
+
+    Raises:
+        ValueError: if there is no tree, or one does not fit into ``row_length``.
+    """
+    if not trees:
+        raise ValueError("there is no pair to plan for")
+    batches = [trees[first : first + batch_size] for first in range(0, len(trees), batch_size)]
+    suggested = row_length is None
+    if row_length is None:
+        row_length = _suggest(batches)
+    packed = [pack(batch, row_length) for batch in batches]
+    rows = sum(len(batch) for batch in packed)
+    padded = [(len(batch) * 2, max(path.numel() for tree in batch for path in tree.paths)) for batch in batches]
+    lengths = [path.numel() for tree in trees for path in tree.paths]
+    prompts = [int(length) for tree in trees for length in tree.prompt_lengths]
+    speedup = speedup_padded = None
+    if cost is not None:
+        scored = sum(length - max(prompt, 1) for length, prompt in zip(lengths, prompts, strict=True)) * cost.per_scored
+        shared = scored + sum(len(tree) * cost.per_token + _visible_pairs(tree) * cost.per_pair for tree in trees)
+        unshared = scored + sum(n * cost.per_token + n * (n + 1) / 2 * cost.per_pair for n in lengths)
+        full = scored + sum(k * (n * cost.per_token + n * (n + 1) / 2 * cost.per_pair) for k, n in padded)
+        speedup, speedup_padded = unshared / shared, full / shared
+    return Plan(
+        pairs=len(trees),
+        unshared_tokens=sum(lengths),
+        padded_tokens=sum(count * longest for count, longest in padded),
+        shared_tokens=sum(len(tree) for tree in trees),
+        row_length=row_length,
+        suggested=suggested,
+        row_tokens=rows * row_length,
+        rows_per_step=rows / len(batches),
+        speedup=speedup,
+        speedup_padded=speedup_padded,
+        prompts=[int(tree.prompt_lengths[0]) for tree in trees],
+        responses=[length - prompt for length, prompt in zip(lengths, prompts, strict=True)],
+        trees=[len(tree) for tree in trees],
+    )
+
+
+def _visible_pairs(tree: TokenTree) -> int:
+    """Query-key pairs that attention computes: every node sees the nodes on its path."""
+    return int((tree.position_ids + 1).sum())
+
+
+def _suggest(batches: Sequence[Sequence[TokenTree]], most: int = 65536) -> int:
+    """The static length whose rows hold the batches in the fewest tokens; among equals the shortest."""
+    longest = max(len(tree) for batch in batches for tree in batch)
+    largest = max(sum(len(tree) for tree in batch) for batch in batches)
+    candidates = [static_length(longest)]
+    while candidates[-1] < min(largest, most):
+        candidates.append(static_length(candidates[-1] + 1))
+    sample = batches[:: max(len(batches) // 32, 1)]
+    return min(candidates, key=lambda length: (sum(len(pack(batch, length)) for batch in sample) * length, length))
+
+
+def describe(plan: Plan) -> list[tuple[str, str]]:
+    """The plan as (what, figure) lines."""
+
+    def spread(values: Sequence[int]) -> str:
+        ordered = sorted(values)
+        at = [ordered[int(share * (len(ordered) - 1))] for share in (0.05, 0.5, 0.95)]
+        return f"{at[1]} (5 %: {at[0]}, 95 %: {at[2]}, longest: {ordered[-1]})"
+
+    lines = [
+        ("pairs", f"{plan.pairs:,}"),
+        ("tokens in padded batches", f"{plan.padded_tokens:,}"),
+        ("tokens without sharing", f"{plan.unshared_tokens:,}"),
+        ("tokens with sharing", f"{plan.shared_tokens:,} ({plan.saving:.2f}x fewer than without)"),
+        ("median prompt", spread(plan.prompts)),
+        ("median response", spread(plan.responses)),
+        ("median pair, shared", spread(plan.trees)),
+        ("row_length" + (" (suggested)" if plan.suggested else ""), f"{plan.row_length:,}"),
+        ("rows a micro-batch", f"{plan.rows_per_step:.2f}, {plan.fill:.1%} full"),
+    ]
+    if plan.speedup is not None and plan.speedup_padded is not None:
+        lines.append(
+            ("expected speed-up", f"{plan.speedup:.2f}x over packing alone, {plan.speedup_padded:.2f}x over padding")
+        )
+    return lines
