@@ -183,8 +183,15 @@ def build(family: str, settings: dict, seed: int = 0, **loading) -> transformers
     return model
 
 
-def exact_model(name: str, seed: int = 0, **loading) -> transformers.PreTrainedModel:
-    return build(*EXACT[name], seed=seed, **loading)
+def exact_model(name: str, seed: int = 0, size: int | None = None, **loading) -> transformers.PreTrainedModel:
+    """A family of `EXACT`; ``size`` asks for heads of that size, for kernels that take no smaller ones."""
+    family, settings = EXACT[name]
+    if size is not None:
+        sized = {"hidden_size": 4 * size, "head_dim": size} if "n_embd" not in settings else {"n_embd": 4 * size}
+        if "qk_rope_head_dim" in settings:
+            sized = {"qk_rope_head_dim": size, "qk_nope_head_dim": size, "v_head_dim": size}
+        settings = settings | sized
+    return build(family, settings, seed=seed, **loading)
 
 
 def refused_model(name: str) -> tuple[Callable[[], transformers.PreTrainedModel], str]:

@@ -1,0 +1,136 @@
+"""Rows: nothing lost, nothing moved inside its tree, padding seen and scored by nobody, well filled."""
+
+import random
+
+import pytest
+import torch
+
+import preftree
+from preftree.packing import empty_row, static_length
+
+
+def random_trees(count, seed=0):
+    generator = random.Random(seed)
+    trees, sequences, prompts = [], [], []
+    for _ in range(count):
+        prompt = [generator.randrange(50) for _ in range(generator.randint(1, 12))]
+        members = [prompt + [generator.randrange(50) for _ in range(generator.randint(1, 9))] for _ in range(3)]
+        trees.append(preftree.TokenTree.from_sequences(members, [len(prompt)] * 3))
+        sequences += members
+        prompts += [len(prompt)] * 3
+    return trees, sequences, prompts
+
+
+@pytest.mark.parametrize("row_length", [None, 41, 64, 127])
+def test_every_sequence_is_in_exactly_one_row(row_length):
+    trees, sequences, prompts = random_trees(17)
+    rows = preftree.pack(trees, row_length, pad_token_id=77)
+    seen = []
+    for row in rows:
+        assert len(row) == (row_length or sum(len(tree) for tree in trees))
+        node = torch.arange(len(row))
+        assert torch.equal(row.end[row.num_tokens :], node[row.num_tokens :] + 1)
+        assert (row.parent[row.num_tokens :] == -1).all()
+        assert (row.input_ids[row.num_tokens :] == 77).all()
+        assert (row.position_ids[row.num_tokens :] == 0).all()
+        for number, scored in zip(
+            row.sequence_ids.tolist(), row.scored_nodes.split(row.scored_lengths.tolist()), strict=True
+        ):
+            seen.append(number)
+            # Walk up from the last scored node: the path must spell the sequence.
+            path, at = [], int(scored[-1])
+            while at >= 0:
+                path.append(at)
+                at = int(row.parent[at])
+            path.reverse()
+            assert row.input_ids[path].tolist() == sequences[number]
+            assert path[prompts[number] :] == scored.tolist()
+    assert sorted(seen) == list(range(len(sequences)))
+
+
+def test_runs_are_the_unbranched_stretches():
+    trees, _, _ = random_trees(5, seed=3)
+    row = preftree.pack(trees, 300)[0]
+    assert [start for start, _, _ in row.runs] == [0, *[stop for _, stop, _ in row.runs][:-1]]
+    assert row.runs[-1][1] == row.num_tokens
+    for start, stop, before in row.runs:
+        assert int(row.parent[start]) == (row.runs[before][1] - 1 if before >= 0 else -1)
+        assert row.parent[start + 1 : stop].tolist() == list(range(start, stop - 1))
+    children = torch.bincount(row.parent[row.parent >= 0], minlength=len(row))
+    ends = [stop - 1 for _, stop, _ in row.runs]
+    assert all(children[node] != 1 for node in ends)
+
+
+def test_fill_of_rows_on_log_normal_lengths():
+    generator = torch.Generator().manual_seed(0)
+
+    def lengths(median, sigma, count):
+        return (median * torch.exp(sigma * torch.randn(count, generator=generator))).round().long().clamp(8, 4096)
+
+    prompts, chosen, rejected = lengths(382, 0.6, 400), lengths(120, 0.5, 400), lengths(120, 0.5, 400)
+    trees = []
+    for p, c, r in zip(prompts.tolist(), chosen.tolist(), rejected.tolist(), strict=True):
+        trees.append(preftree.TokenTree.from_sequences([[1] * p + [2] * c, [1] * p + [3] * r], [p, p]))
+    rows = preftree.pack(trees, 8192)
+    fills = [row.num_tokens / 8192 for row in rows]
+    assert min(fills) == fills[-1]
+    assert sum(fills[:-1]) / len(fills[:-1]) >= 0.97
+
+
+def test_a_tree_that_does_not_fit_is_named():
+    trees, _, _ = random_trees(3)
+    longest = max(range(3), key=lambda i: len(trees[i]))
+    with pytest.raises(ValueError, match=rf"tree {longest} has {len(trees[longest])} tokens"):
+        preftree.pack(trees, len(trees[longest]) - 1)
+    with pytest.raises(ValueError, match="empty"):
+        preftree.pack([])
+    with pytest.raises(ValueError, match="positive"):
+        preftree.pack(trees, 0)
+
+
+def test_first_token_of_a_sequence_is_never_scored():
+    row = preftree.pack([preftree.TokenTree.from_sequences([[3, 4, 5], [6, 7]], [0, 1])])[0]
+    assert row.scored_nodes.tolist() == [1, 2, 4]
+    assert row.scored_lengths.tolist() == [2, 1]
+    assert row.completion_lengths.tolist() == [3, 1]
+
+
+def test_repr_and_to():
+    row = preftree.pack(random_trees(2)[0], 100)[0]
+    assert "PackedRow(100 tokens" in repr(row)
+    moved = row.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.scored_nodes.device.type == "meta"
+    assert row.device.type == "cpu"
+    assert moved.runs == row.runs
+
+
+def test_draw_as_text():
+    row = preftree.pack([preftree.TokenTree.from_sequences([[1, 2, 3], [1, 4]], [1, 1])], 5)[0]
+    assert row.draw().splitlines()[1:] == ["#....", "##...", "###..", "#..#.", "....#"]
+    large = preftree.pack(random_trees(20)[0])[0]
+    picture = large.draw(max_size=16).splitlines()[1:]
+    assert len(picture) <= 16
+    assert all(len(line) == len(picture) for line in picture)
+
+
+def test_draw_as_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = preftree.pack(random_trees(2)[0], 100)[0]
+    path = row.draw(tmp_path / "row.png")
+    assert (tmp_path / "row.png").read_bytes().startswith(b"\x89PNG")
+    assert path == str(tmp_path / "row.png")
+
+
+def test_static_lengths_are_few_and_close():
+    lengths = {static_length(tokens) for tokens in range(1, 65537, 7)}
+    assert len(lengths) < 40
+    assert all(static_length(tokens) >= tokens for tokens in range(1, 5000))
+    assert all(static_length(tokens) <= max(tokens * 1.26, 128) + 128 for tokens in range(1, 20000, 13))
+
+
+def test_empty_row_holds_nothing():
+    row = empty_row(16, pad_token_id=3)
+    assert row.num_sequences == 0
+    assert row.input_ids.tolist() == [3] * 16
+    assert row.end.tolist() == list(range(1, 17))
