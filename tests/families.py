@@ -173,6 +173,8 @@ def build(family: str, settings: dict, seed: int = 0, **loading) -> transformers
     config_class = getattr(transformers, _CONFIGS.get(family, f"{family}Config"))
     own = config_class()
     sizes = {name: value for name, value in _SIZE.items() if hasattr(own, name)}
+    if "attn_logit_softcapping" in settings:
+        loading.setdefault("attn_implementation", "eager")
     torch.manual_seed(seed)
     model_class = getattr(transformers, _HEADS.get(family, f"{family}ForCausalLM"))
     model = model_class._from_config(config_class(**(sizes | settings)), **loading).float().eval()

@@ -68,6 +68,14 @@ def test_refused_by_name(name):
     assert "forward" not in vars(model)
 
 
+def test_soft_cap_that_sdpa_would_drop_is_refused():
+    """Some versions of transformers run Gemma 2 through SDPA without its soft cap, others raise."""
+    model = exact_model("gemma2")
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(NotImplementedError, match="attn_logit_softcapping"):
+        preftree.prepare_model(model)
+
+
 def test_verification_alone_catches_what_no_setting_names(monkeypatch):
     """Without the list of settings, the run on a small tree still refuses arithmetic by row index."""
     monkeypatch.setattr("preftree.models.prepare.find_refusal", lambda model: None)

@@ -166,6 +166,14 @@ def _base(model: Any) -> PreTrainedModel:
     return model
 
 
+def _serves_eagerly(model: PreTrainedModel, implementation: str | None) -> bool:
+    """Whether ordinary batches go through the family's eager attention (else through SDPA) once it is prepared."""
+    if implementation in ("sdpa", interface.OVER_SDPA):
+        return False
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return implementation in ("eager", interface.OVER_EAGER) or not model._supports_sdpa or bool(capped)
+
+
 def prepared_part(model: torch.nn.Module) -> PreparedModel | None:
     """What `prepare_model` attached to ``model`` (also when wrapped by PEFT, DDP or accelerate), or None."""
     while True:
@@ -215,14 +223,12 @@ def prepare_model(model: torch.nn.Module, backend: str = "auto", verify: bool = 
             )
     own_forward = base.__dict__.get("forward")
     implementation = base.config._attn_implementation
-    eager = implementation == interface.OVER_EAGER or (
-        implementation not in (interface.OVER_SDPA, "sdpa") and (implementation == "eager" or not base._supports_sdpa)
-    )
+    name = interface.OVER_EAGER if _serves_eagerly(base, implementation) else interface.OVER_SDPA
     try:
         prepared = PreparedModel(base, backend)
         setattr(base, _ATTRIBUTE, prepared)
         base.forward = MethodType(_tree_aware(type(base).forward), base)
-        base.set_attn_implementation(interface.OVER_EAGER if eager else interface.OVER_SDPA)
+        base.set_attn_implementation(name)
         if verify:
             from preftree.models.verify import verify_on_tree
 

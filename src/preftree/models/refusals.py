@@ -66,6 +66,12 @@ def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
                 f"rope_type={rope_type!r}",
                 "its frequencies depend on the longest sequence of a batch: packed sequences would change each other",
             )
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        # transformers before 5.18 leaves the cap out in silence there; later versions raise.
+        return "attn_implementation='sdpa' with attn_logit_softcapping", (
+            "SDPA has no soft cap, so the stock model itself computes something else; load it with "
+            "attn_implementation='eager'"
+        )
     others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYER_TYPES)
     if others:
         return (
