@@ -137,7 +137,7 @@ def test_row_of_padding():
     row = empty_row(8)
     x = torch.randn(1, 2, 8, 4)
     for backend in ("dense", "varlen"):
-        assert torch.isfinite(BACKENDS[backend](row, CAUSAL)(x, x, x, Scores(1.0))).all()
+        torch.testing.assert_close(BACKENDS[backend](row, CAUSAL)(x, x, x, Scores(1.0)), x)
 
 
 def test_choice():

@@ -77,8 +77,11 @@ def bind(row: PackedRow, rule: Rule):
             else:
                 outputs.append(_attend_run(q_BHQD, k_BGKD, v_BGKE, run.visible, scores))
         if padding:
-            # Nobody reads the padding's output; any finite value will do.
-            outputs.append(v_BGSE.new_zeros(v_BGSE.shape[0], q_BHSD.shape[1], padding, v_BGSE.shape[3]))
+            # A padding token sees itself alone, so its output is its value.
+            outputs.append(repeat_heads(v_BGSE[:, :, row.num_tokens :], q_BHSD.shape[1]))
+        if not plan:
+            # A row of nothing but padding still takes part in gradients, or ranks would wait for each other's.
+            outputs[0] = outputs[0] + 0 * (q_BHSD.sum() + k_BGSD.sum())
         return torch.cat(outputs, dim=2)
 
     return attend

@@ -1,0 +1,145 @@
+"""Each loss and its gradient against a formula written here in plain Python floats, extremes included."""
+
+import math
+
+import pytest
+import torch
+
+from preftree.objectives import DPO_LOSSES, DPOOptions, Pairs, completion_weights
+
+BETA, EPS, TAU = 0.3, 0.1, 0.05
+
+
+def ls(x):
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def s(x):
+    return math.exp(ls(x))
+
+
+FORMULAS = {
+    "sigmoid": lambda a, b, m, n: -ls(BETA * (a - b)),
+    "hinge": lambda a, b, m, n: max(0.0, 1 - BETA * (a - b)),
+    "ipo": lambda a, b, m, n: (a / m - b / n - 1 / (2 * BETA)) ** 2,
+    "exo_pair": lambda a, b, m, n: (
+        s(BETA * (a - b)) * (ls(BETA * (a - b)) - math.log(1 - EPS))
+        + s(-BETA * (a - b)) * (ls(-BETA * (a - b)) - math.log(EPS))
+    ),
+    "nca_pair": lambda a, b, m, n: -ls(BETA * a) - ls(-BETA * a) / 2 - ls(-BETA * b) / 2,
+    "robust": lambda a, b, m, n: (-(1 - EPS) * ls(BETA * (a - b)) + EPS * ls(-BETA * (a - b))) / (1 - 2 * EPS),
+    "bco_pair": lambda a, b, m, n: -ls(BETA * a) - ls(-BETA * b),
+    "sppo_hard": lambda a, b, m, n: (a - 1 / (2 * BETA)) ** 2 + (b + 1 / (2 * BETA)) ** 2,
+    "apo_zero": lambda a, b, m, n: 1 - s(BETA * a) + s(BETA * b),
+    "apo_down": lambda a, b, m, n: s(BETA * a) + 1 - s(BETA * (a - b)),
+    "discopop": lambda a, b, m, n: (
+        -ls(BETA * (a - b)) * (1 - s(BETA * (a - b) / TAU)) + math.exp(-BETA * (a - b)) * s(BETA * (a - b) / TAU)
+    ),
+    "sigmoid_norm": lambda a, b, m, n: -ls(BETA * (a / m - b / n)),
+}
+OPTIONS = DPOOptions(beta=BETA, label_smoothing=EPS, discopop_tau=TAU)
+
+
+def random_pairs(count=7, scale=3.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return -20 + scale * torch.randn(count, generator=generator, dtype=torch.float64)
+
+    def lengths():
+        return torch.randint(1, 30, (count,), generator=generator)
+
+    chosen = draw().requires_grad_()
+    rejected = draw().requires_grad_()
+    return Pairs(chosen, rejected, draw(), draw(), lengths(), lengths(), chosen * 1.0, 4.0)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_loss_and_gradient(name):
+    pairs = random_pairs()
+    losses = DPO_LOSSES[name](pairs, OPTIONS)
+    gradient = torch.autograd.grad(losses.sum(), (pairs.chosen, pairs.rejected), allow_unused=True)
+    chosen_ratio, rejected_ratio = pairs.chosen_ratio.tolist(), pairs.rejected_ratio.tolist()
+    for i in range(len(losses)):
+        a, b = chosen_ratio[i], rejected_ratio[i]
+        m, n = int(pairs.chosen_lengths[i]), int(pairs.rejected_lengths[i])
+        formula, h = FORMULAS[name], 1e-5
+        assert float(losses[i]) == pytest.approx(formula(a, b, m, n), abs=1e-9)
+        by_a = (formula(a + h, b, m, n) - formula(a - h, b, m, n)) / (2 * h)
+        by_b = (formula(a, b + h, m, n) - formula(a, b - h, m, n)) / (2 * h)
+        assert float(gradient[0][i]) == pytest.approx(by_a, abs=1e-6, rel=1e-6)
+        assert float(gradient[1][i]) == pytest.approx(by_b, abs=1e-6, rel=1e-6)
+
+
+def test_every_loss_is_tested_here():
+    assert set(DPO_LOSSES) == set(FORMULAS) | {"aot", "aot_unpaired", "sft"}
+
+
+def test_sft_is_a_token_mean():
+    pairs = random_pairs(count=4)
+    # 4 scored chosen tokens a pair: the mean over pairs is the sum over tokens divided by 16.
+    assert float(DPO_LOSSES["sft"](pairs, OPTIONS).mean()) == pytest.approx(-float(pairs.chosen_plain.sum()) / 16)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_aot_sorts(name):
+    pairs = random_pairs(count=6)
+
+    def column(x):
+        return x.detach().tolist()
+
+    c, r, c0, r0 = map(column, (pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected))
+    if name == "aot":
+        left, right = (
+            sorted(x - y for x, y in zip(c, r, strict=True)),
+            sorted(x - y for x, y in zip(c0, r0, strict=True)),
+        )
+    else:
+        left, right = (
+            sorted(x - y for x, y in zip(c, c0, strict=True)),
+            sorted(x - y for x, y in zip(r, r0, strict=True)),
+        )
+    expected = [-(1 - EPS) * ls(BETA * (x - y)) - EPS * ls(-BETA * (x - y)) for x, y in zip(left, right, strict=True)]
+    assert column(DPO_LOSSES[name](pairs, OPTIONS)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("margin", [-500.0, 500.0])
+@pytest.mark.parametrize("name", sorted(set(DPO_LOSSES) - {"discopop"}))
+def test_extremes_stay_finite(name, margin):
+    """(DiscoPOP's exponential term is unbounded by definition.)"""
+    zero = torch.zeros(2)
+    chosen = torch.full((2,), margin, requires_grad=True)
+    rejected = torch.full((2,), -margin, requires_grad=True)
+    lengths = torch.tensor([3, 5])
+    losses = DPO_LOSSES[name](Pairs(chosen, rejected, zero, zero, lengths, lengths, chosen, 4.0), OPTIONS)
+    losses.sum().backward()
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(chosen.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "f"),
+    [
+        ("reverse_kl", lambda x: x),
+        ("forward_kl", lambda x: 1 - math.exp(-x)),
+        ("js_divergence", lambda x: math.log(2) + ls(x)),
+        ("alpha_divergence", lambda x: (math.exp((0.7 - 1) * x) - 1) / (0.7 - 1)),
+    ],
+)
+def test_f_divergences(kind, f):
+    pairs = random_pairs()
+    options = DPOOptions(beta=BETA, f_divergence_type=kind, f_alpha_divergence_coef=0.7)
+    losses = DPO_LOSSES["sigmoid"](pairs, options)
+    for i in range(len(losses)):
+        a, b = pairs.chosen_ratio[i].item(), pairs.rejected_ratio[i].item()
+        assert float(losses[i]) == pytest.approx(-ls(BETA * (f(a) - f(b))), rel=1e-9, abs=1e-9)
+
+
+def test_unknown_divergence():
+    with pytest.raises(ValueError, match="unknown f_divergence_type 'kl'"):
+        DPO_LOSSES["sigmoid"](random_pairs(), DPOOptions(f_divergence_type="kl"))
+
+
+def test_length_desensitised_weights():
+    weights = completion_weights(torch.tensor([3, 1, 2, 4]), 0.25)
+    assert weights.tolist() == [1, 0.25, 0.25, 1, 1, 1, 1, 1, 0.25, 0.25]
