@@ -75,9 +75,7 @@ def load_pairs(path: Path | str, chat_template: bool = True) -> Dataset:
         row = _normalise(row, where)
         if not rows:
             check_columns(row, where)
-        row = {name: row[name] for name in COLUMNS if row.get(name) is not None or name in ("chosen", "rejected")}
-        for name in ("chosen", "rejected"):
-            row.setdefault(name, None)
+        row = {name: row.get(name) for name in COLUMNS if row.get(name) is not None or name in ("chosen", "rejected")}
         check_example(row, where, chat_template)
         for name in ("prompt", "chosen", "rejected"):
             kind = type(row.get(name))

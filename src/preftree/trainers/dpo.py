@@ -57,6 +57,8 @@ class DPOTrainer(trl.DPOTrainer):
         for part, name in ((model, "model"), (ref_model, "ref_model")):
             if isinstance(part, torch.nn.Module):
                 check_weights(part, name)
+        if train_dataset is not None and (sample := next(iter(train_dataset), None)) is not None:
+            check_columns(sample, "train dataset")
         # TRL's constructor already computes reference log-probabilities, so what that needs is set before it runs.
         self._vocabulary = _vocabulary_of(model, args)
         self._user_collator = data_collator is not None

@@ -1,0 +1,112 @@
+"""The command line, in this process: a recipe in, a trained model and a report out; errors are one line."""
+
+import json
+
+import pytest
+import yaml
+from preference_data import chat_pairs, text_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_runs import COMMON
+
+from preftree import cli
+
+
+@pytest.fixture
+def recipe(tmp_path, model_path):
+    for name, count in (("train", 12), ("test", 4)):
+        rows = "".join(json.dumps(row) + "\n" for row in chat_pairs(count, seed=count))
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    settings = COMMON | {
+        "model_name_or_path": model_path,
+        "dataset_name": str(tmp_path),
+        "output_dir": str(tmp_path / "out"),
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "per_device_train_batch_size": 3,
+        "row_length": 128,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_dpo_trains_saves_and_reports(recipe, tmp_path, capsys):
+    assert cli.main(["dpo", "--config", str(recipe), "--max_steps", "4"]) == 0
+    out = tmp_path / "out"
+    AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    report = (out / "report.md").read_text()
+    for expected in ("| rewards/margins |", "Held-out pairs", "tokens computed", "| steps | 4 |", "curves.png"):
+        assert expected in report
+    assert (out / "curves.png").exists()
+    assert "report" in capsys.readouterr().out
+
+
+def test_plan_needs_no_weights(recipe, tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    picture = tmp_path / "plan.png"
+    assert cli.main(["plan", "--config", str(recipe), "--draw", str(picture)]) == 0
+    out = capsys.readouterr().out
+    for line in ("tokens without sharing", "tokens with sharing", "row_length", "expected speed-up"):
+        assert line in out
+    assert picture.exists()
+    assert (tmp_path / "plan-row.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "none.jsonl"], "none.jsonl: no such file"),
+        (["--loss_type", "sigmod"], "unknown loss_type 'sigmod'"),
+        (["--row_length", "10"], "do not fit into row_length=10"),
+        (["--resume_from_checkpoint", "true"], "there is no checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_errors_are_one_line(recipe, capsys, arguments, message):
+    assert cli.main(["dpo", "--config", str(recipe), *arguments]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("preftree dpo: ")
+    assert message in last
+
+
+def test_bad_row_is_named_before_a_model_is_loaded(recipe, tmp_path, capsys, monkeypatch):
+    rows = text_pairs(3)
+    del rows[1]["rejected"]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(cli, "DPOTrainer", None)
+    assert cli.main(["dpo", "--config", str(recipe), "--dataset_name", str(path)]) == 2
+    assert f"{path}, line 2, field 'rejected' is missing" in capsys.readouterr().err
+
+
+def test_interrupted_run_resumes_to_the_same_weights(recipe, tmp_path, monkeypatch):
+    settings = ["--max_steps", "5", "--optim", "adamw_torch", "--eval_strategy", "no"]
+    assert cli.main(["dpo", "--config", str(recipe), *settings, "--output_dir", str(tmp_path / "whole")]) == 0
+
+    class Interrupted(cli._Interrupt):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                self._handle()  # what Ctrl-C calls
+            super().on_step_end(args, state, control, **kwargs)
+
+    settings += ["--output_dir", str(tmp_path / "parts")]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_Interrupt", Interrupted)
+        assert cli.main(["dpo", "--config", str(recipe), *settings]) == 130
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    assert cli.main(["dpo", "--config", str(recipe), *settings, "--resume_from_checkpoint", "true"]) == 0
+    whole, parts = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_version_and_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "preftree dpo" in capsys.readouterr().out
