@@ -30,7 +30,9 @@ def test_twenty_steps(model_path, optimizer, row_length, rows):
     assert ours.computed["rows"] / 20 == pytest.approx(rows, rel=0.5)
 
 
-@pytest.mark.skipif(not (SHARED / "hh_harmless_test.jsonl.gz").exists(), reason="the real preference data are not there")
+@pytest.mark.skipif(
+    not (SHARED / "hh_harmless_test.jsonl.gz").exists(), reason="the real preference data are not there"
+)
 @pytest.mark.parametrize("own", [{}, {"row_length": 640}], ids=["one-row", "several-rows"])
 def test_real_pairs_on_smollm2(tmp_path, own):
     pytest.importorskip("gguf")
@@ -41,7 +43,13 @@ def test_real_pairs_on_smollm2(tmp_path, own):
     with gzip.open(SHARED / "hh_harmless_test.jsonl.gz", "rt") as lines:
         pairs = [json.loads(line) for line in lines]
     pairs = [pair for pair in pairs if len(pair["chosen"]) < 700][:40]
-    settings = {"max_steps": 20, "per_device_train_batch_size": 2, "learning_rate": 1e-4, "max_length": 256, "beta": 0.1}
+    settings = {
+        "max_steps": 20,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-4,
+        "max_length": 256,
+        "beta": 0.1,
+    }
     theirs = train("trl", model, dataset(pairs), **settings)
     ours = train("preftree", model, dataset(pairs), own=own, **settings)
     metrics, parameters = differences(theirs, ours)
