@@ -69,6 +69,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     trainer = trainer_class(model, args=args, train_dataset=text, processing_class=tokenizer)
     trainer.create_optimizer_and_scheduler(1)
+    trainer.current_gradient_accumulation_steps = 1  # what `train` sets before it steps
     pairs = random_pairs(options.pairs * (options.steps + 1), options.prompt, options.response, 49000)
     seconds = []
     for step in range(options.steps + 1):
@@ -100,7 +101,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for side, results in measured.items():
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results.append(json.loads(output.strip().splitlines()[-1]))
     from preftree.report import versions
 
