@@ -77,6 +77,19 @@ def test_pair_longer_than_max_length(model_path, tmp_path):
         make(model_path, pairs, tmp_path, max_length=60, overlong="error")
 
 
+def test_prompt_that_fills_max_length(model_path, tmp_path, caplog):
+    pairs = with_row(prompt="the dog " * 40)
+    for overlong in (None, "truncate"):
+        caplog.clear()
+        assert len(make(model_path, pairs, tmp_path, max_length=60, overlong=overlong).train_dataset) == 3
+        assert "in 1 pairs the prompt alone fills max_length=60" in caplog.text
+    assert len(make(model_path, pairs, tmp_path, max_length=60, overlong="drop").train_dataset) == 3
+    with pytest.raises(ValueError, match=r"row 2: \d+ tokens are more than max_length=60"):
+        make(model_path, pairs, tmp_path, max_length=60, overlong="error")
+    # Cutting the prompt's beginning leaves the completion.
+    assert len(make(model_path, pairs, tmp_path, max_length=60, truncation_mode="keep_end").train_dataset) == 4
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

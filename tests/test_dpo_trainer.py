@@ -6,6 +6,7 @@ import pytest
 import torch
 import trl
 from conftest import word_tokenizer
+from families import EXACT, build
 from preference_data import chat_pairs, dataset, text_pairs
 from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -56,6 +57,7 @@ def test_loss_types(model_path, loss_type, own):
         {"gradient_checkpointing": True},
         {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
         {"loss_type": ["aot", "sft"], "loss_weights": [1.0, 0.5]},
+        {"loss_type": ["aot_unpaired", "sft"], "ld_alpha": 0.5},
         {"per_device_train_batch_size": 4, "max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 3},
         {"weight_decay": 0.1, "max_grad_norm": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 1},
     ],
@@ -63,6 +65,44 @@ def test_loss_types(model_path, loss_type, own):
 )
 def test_options(model_path, settings, own):
     assert_same(model_path, text_pairs(15), own=own, **settings)
+
+
+@pytest.fixture(scope="module")
+def moe_path(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("tiny-moe")
+    family, settings = EXACT["mixtral"]
+    model = build(family, settings | {"vocab_size": len(tokenizer), "sliding_window": None, "eos_token_id": 1})
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("own", [{}, SEVERAL_ROWS], ids=["one-row", "several-rows"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"router_aux_loss_coef": 2.0},
+        {"router_aux_loss_coef": 2.0, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"router_aux_loss_coef": 0.0},
+        {"router_aux_loss_coef": 2.0, "loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5},
+    ],
+    ids=lambda settings: "-".join(settings) or "defaults",
+)
+def test_auxiliary_loss_of_a_mixture_of_experts(moe_path, settings, own):
+    """Prompts are routed once here and twice in TRL; a row alone does not know how the others are routed."""
+    ours, _ = assert_same(moe_path, text_pairs(15), own=own, learning_rate=1e-3, **settings)
+    assert ("aux_loss" in ours.state.log_history[0]) == (settings.get("router_aux_loss_coef") != 0.0)
+
+
+def test_evaluation_has_the_auxiliary_loss(moe_path):
+    runs = [
+        train(kind, moe_path, dataset(text_pairs(5)), own=SEVERAL_ROWS, max_steps=1, learning_rate=1e-3)
+        for kind in ("trl", "preftree")
+    ]
+    theirs, ours = (run.evaluate(dataset(text_pairs(7, seed=3))) for run in runs)
+    assert ours["eval_aux_loss"] == pytest.approx(theirs["eval_aux_loss"], rel=1e-5)
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("pairs", [text_pairs(10, explicit=False), chat_pairs(10)], ids=["implicit-prompt", "chat"])
@@ -112,6 +152,29 @@ def test_compute_metrics_gets_logits(model_path):
     ]
     assert differences(*runs)[0] <= 1e-5
     assert seen["shapes"][0] == seen["shapes"][1]
+
+
+def test_loss_of_a_collated_batch_has_its_gradient(model_path):
+    """`compute_loss` on what the collator gives, as a training loop of the user's calls it: all rows at once."""
+    grads = []
+    for kind, own in (("trl", {}), ("preftree", SEVERAL_ROWS)):
+        trainer = train(kind, model_path, dataset(text_pairs(15)), own=own, loss_type=["aot", "sft"], max_steps=1)
+        trainer.model.zero_grad()
+        columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+        batch = trainer.data_collator([trainer.train_dataset.select_columns(columns)[i] for i in range(6)])
+        trainer.compute_loss(trainer.model, batch).backward()
+        grads.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
+    assert (grads[0] - grads[1]).abs().max() <= 1e-5 * grads[0].abs().max()
+
+
+def test_predict_gives_logits(model_path):
+    seen = []
+    for kind in ("trl", "preftree"):
+        trainer = train(kind, model_path, dataset(text_pairs(5)), max_steps=1)
+        prediction = trainer.predict(trainer.train_dataset)
+        seen.append((prediction.predictions, prediction.metrics["test_loss"]))
+    assert seen[0][0] == pytest.approx(seen[1][0], abs=1e-4)
+    assert seen[0][1] == pytest.approx(seen[1][1], abs=1e-5)
 
 
 def test_peft_reference_is_the_adapter_switched_off(model_path):

@@ -45,6 +45,30 @@ def test_statistics_of_every_token(name):
     assert not out.entropy.requires_grad
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_load_of_experts_counts_every_sequence(name):
+    """Against the stock model's routers on each sequence alone: a shared token counts once for each sequence."""
+    model = preftree.prepare_model(exact_model(name))
+    groups = random_sequences(torch.Generator().manual_seed(7), VOCABULARY)
+    out = preftree.sequence_logps(model, rows_of(groups), experts=True)
+    counts, probs = torch.zeros_like(out.expert_counts), torch.zeros_like(out.expert_probs)
+    for sequence in (sequence for sequences, _ in groups for sequence in sequences):
+        for logits in model(torch.tensor([sequence]), output_router_logits=True).router_logits:
+            p = logits.view(len(sequence), -1).softmax(-1)
+            probs += p.sum(0)
+            counts += torch.nn.functional.one_hot(p.topk(2).indices, p.shape[-1]).sum((0, 1))
+    torch.testing.assert_close(out.expert_counts, counts)
+    torch.testing.assert_close(out.expert_probs, probs)
+    assert not out.expert_counts.requires_grad
+    assert out.expert_probs.requires_grad
+
+
+def test_load_of_experts_of_a_dense_model(llama):
+    row = rows_of([([[3, 4, 5]], [1])])
+    with pytest.raises(NotImplementedError, match="does not return its router logits"):
+        preftree.sequence_logps(llama, row, experts=True)
+
+
 def test_chunks_change_nothing(llama, monkeypatch):
     row = rows_of(random_sequences(torch.Generator().manual_seed(8), VOCABULARY))
 

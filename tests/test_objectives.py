@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from preftree.objectives import DPO_LOSSES, DPOOptions, Pairs, completion_weights
+from preftree.objectives import DPO_LOSSES, DPOOptions, Pairs, completion_weights, load_balancing
 
 BETA, EPS, TAU = 0.3, 0.1, 0.05
 
@@ -143,3 +143,24 @@ def test_unknown_divergence():
 def test_length_desensitised_weights():
     weights = completion_weights(torch.tensor([3, 1, 2, 4]), 0.25)
     assert weights.tolist() == [1, 0.25, 0.25, 1, 1, 1, 1, 1, 0.25, 0.25]
+
+
+def test_load_balancing_is_transformers_own():
+    """Against the function that transformers' families share, from the routers' logits themselves."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    generator = torch.Generator().manual_seed(0)
+    logits = tuple(torch.randn(11, 5, generator=generator, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 11)
+    mask[0, 7:] = 0
+    expected = load_balancing_loss_func(logits, 5, 2, mask)
+    counts, probs = torch.zeros(5), torch.zeros(5)
+    for layer in logits:
+        p = layer[:7].softmax(-1)
+        probs = probs + p.sum(0)
+        for token in p:
+            counts[token.topk(2).indices] += 1
+    got = load_balancing(counts, probs)
+    assert float(got) == pytest.approx(float(expected), rel=1e-6)
+    for mine, theirs in zip(torch.autograd.grad(got, logits), torch.autograd.grad(expected, logits), strict=True):
+        torch.testing.assert_close(mine, theirs)

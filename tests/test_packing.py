@@ -33,6 +33,7 @@ def test_every_sequence_is_in_exactly_one_row(row_length):
         assert (row.parent[row.num_tokens :] == -1).all()
         assert (row.input_ids[row.num_tokens :] == 77).all()
         assert (row.position_ids[row.num_tokens :] == 0).all()
+        counts = torch.zeros(len(row), dtype=torch.long)
         for number, scored in zip(
             row.sequence_ids.tolist(), row.scored_nodes.split(row.scored_lengths.tolist()), strict=True
         ):
@@ -43,8 +44,10 @@ def test_every_sequence_is_in_exactly_one_row(row_length):
                 path.append(at)
                 at = int(row.parent[at])
             path.reverse()
+            counts[path] += 1
             assert row.input_ids[path].tolist() == sequences[number]
             assert path[prompts[number] :] == scored.tolist()
+        assert torch.equal(row.node_counts, counts)
     assert sorted(seen) == list(range(len(sequences)))
 
 

@@ -34,18 +34,25 @@ class SequenceLogps(ModelOutput):
         mean_logits: fp32 ``[T]``, mean of the logits over the vocabulary, no gradient.
         is_top1: bool ``[T]``, whether the token is the most probable one (the lowest id wins a tie).
         log_sum_sq_probs: fp32 ``[T]``, ``log sum_v p_v^2``, no gradient.
+        expert_counts: fp32 ``[E]``, of a mixture of experts, with ``experts=True``: how often its layers' routers chose
+            each expert, summed over layers and over all tokens of all sequences, prompts counted in each. No gradient.
+        expert_probs: fp32 ``[E]``, sums of the routers' probabilities over the same tokens.
     """
 
-    logps: torch.Tensor | None = None
+    logps: torch.Tensor
     lengths: torch.Tensor | None = None
     token_logps: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     mean_logits: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
     log_sum_sq_probs: torch.Tensor | None = None
+    expert_counts: torch.Tensor | None = None
+    expert_probs: torch.Tensor | None = None
 
 
-def sequence_logps(model: torch.nn.Module, row: PackedRow, statistics: bool = False) -> SequenceLogps:
+def sequence_logps(
+    model: torch.nn.Module, row: PackedRow, statistics: bool = False, experts: bool = False
+) -> SequenceLogps:
     """Log-probabilities of every sequence of a row, each as the stock model on the sequence alone gives it.
 
     Args:
@@ -53,6 +60,7 @@ def sequence_logps(model: torch.nn.Module, row: PackedRow, statistics: bool = Fa
             that is not prepared is prepared here, with the automatic backend.)
         row: a row of `preftree.pack`; it is moved to the model's device.
         statistics: also give entropy, mean logits, top-1 hits and the sum of squared probabilities of each token.
+        experts: also give the load of a mixture of experts, for its auxiliary loss.
 
     Raises:
         NotImplementedError: if the model cannot share prefixes exactly.
@@ -61,15 +69,16 @@ def sequence_logps(model: torch.nn.Module, row: PackedRow, statistics: bool = Fa
     if prepared_part(model) is None:
         prepare_model(model)
     row = row.to(next(model.parameters()).device)
-    return model(on_tree=lambda prepared: _score_row(prepared, row, statistics))
+    return model(on_tree=lambda prepared: _score_row(prepared, row, statistics, experts))
 
 
-def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool) -> SequenceLogps:
+def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool, experts: bool) -> SequenceLogps:
     vocabulary = prepared.vocabulary_size
     if row.device.type == "cpu" and len(row) and int(row.input_ids.max()) >= vocabulary:
         # (On a GPU the embedding itself would fail; asking there would stall it at every step.)
         raise ValueError(f"token id {int(row.input_ids.max())} is outside the model's vocabulary of {vocabulary}")
-    hidden_SH = prepared.hidden_states(row)
+    output = prepared.run(row, **({"output_router_logits": True} if experts else {}))
+    hidden_SH = output.last_hidden_state[0]
     # Each scored node once, however many sequences share it.
     nodes, entry = row.scored_nodes.unique(return_inverse=True)
     scores = _score_nodes(prepared, hidden_SH[row.parent[nodes]], row.input_ids[nodes], statistics)
@@ -77,9 +86,30 @@ def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool) -> Seq
         # Keeps every parameter in the graph, so that a rank without sequences takes part in collectives.
         scores["token_logps"] = scores["token_logps"] + hidden_SH.sum() * 0
     per_token = {name: value[entry] for name, value in scores.items()}
+    load = {}
+    if experts:
+        load = _expert_load(prepared.router_logits(output), row.node_counts, prepared.experts_per_token)
     return SequenceLogps(
-        logps=sum_by_sequence(per_token["token_logps"], row.scored_lengths), lengths=row.scored_lengths, **per_token
+        logps=sum_by_sequence(per_token["token_logps"], row.scored_lengths),
+        lengths=row.scored_lengths,
+        **per_token,
+        **load,
     )
+
+
+def _expert_load(
+    router_logits: tuple[torch.Tensor, ...], node_counts: torch.Tensor, chosen: int
+) -> dict[str, torch.Tensor]:
+    """How often each expert is chosen, and the sum of its probabilities, over layers and the tokens of all sequences."""
+    weight_S = node_counts.float()
+    counts = weight_S.new_zeros(router_logits[0].shape[-1])
+    probs = counts
+    for logits_SE in router_logits:
+        p_SE = logits_SE.view(len(weight_S), -1).softmax(-1)
+        choice_SK = p_SE.topk(chosen, dim=-1).indices
+        counts = counts.index_add(0, choice_SK.flatten(), weight_S.repeat_interleave(chosen))
+        probs = probs + weight_S @ p_SE.float()
+    return {"expert_counts": counts, "expert_probs": probs}
 
 
 def sum_by_sequence(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

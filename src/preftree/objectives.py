@@ -172,7 +172,8 @@ def discopop(pairs: Pairs, options: DPOOptions) -> torch.Tensor:
 def sft(pairs: Pairs, options: DPOOptions) -> torch.Tensor:
     """Negative log-likelihood of the chosen completions, a mean over all chosen tokens of the micro-batch.
 
-    Each pair's share is scaled so that the mean over the micro-batch's pairs is that token mean.
+    Each pair's share is scaled so that the mean over the micro-batch's pairs is that token mean; WPO's weights (which
+    TRL cannot combine with it) multiply these shares.
     """
     return -pairs.chosen_plain / pairs.tokens_per_chosen
 
@@ -203,8 +204,20 @@ DPO_LOSSES: dict[str, Callable[[Pairs, DPOOptions], torch.Tensor]] = {
     )
 }
 
+
 # These mix the pairs of a micro-batch: the loss of one pair depends on all of them.
 MIXING = frozenset({"aot", "aot_unpaired"})
+
+
+def load_balancing(counts: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """Auxiliary loss of a mixture of experts: ``E sum_e f_e P_e`` (Fedus et al., Switch, arXiv 2101.03961, eq. 4-6).
+
+    Args:
+        counts: ``[E]``, how often each expert was chosen, over all layers and tokens (eq. 5 before its division).
+        probs: ``[E]``, sums of the routers' probabilities over the same (eq. 6); the gradient goes through these alone.
+    """
+    total = probs.detach().sum()  # a token's probabilities sum to one: this many tokens, times layers
+    return len(counts) * (counts / total * (probs / total)).sum()
 
 
 def completion_weights(lengths: torch.Tensor, ld_alpha: float) -> torch.Tensor:

@@ -31,6 +31,8 @@ class PackedRow:
         scored_nodes: LongTensor ``[T]``, the scored nodes of the first sequence, then of the second, ... A node that
             several sequences share is listed once in each.
         scored_lengths: LongTensor ``[n]``, how many of `scored_nodes` belong to each sequence.
+        node_counts: LongTensor ``[S]``, how many of the row's sequences hold the node; 0 for padding. A sum over nodes
+            weighted by these is the sum over the tokens of all sequences.
         num_tokens: tokens that are not padding.
         runs: the row's unbranched runs in order, ``(start, stop, index of the run before it or -1)``; a tuple on the
             host, for backends that work run by run.
@@ -45,6 +47,7 @@ class PackedRow:
     prompt_lengths: torch.Tensor
     scored_nodes: torch.Tensor
     scored_lengths: torch.Tensor
+    node_counts: torch.Tensor
     num_tokens: int
     runs: tuple[tuple[int, int, int], ...]
 
@@ -182,6 +185,7 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
     position_ids = torch.zeros(row_length, dtype=torch.long)
     end = node + 1
     parent = torch.full((row_length,), -1, dtype=torch.long)
+    node_counts = torch.zeros(row_length, dtype=torch.long)
     sequence_ids: list[int] = []
     sequence_lengths: list[int] = []
     prompt_lengths: list[int] = []
@@ -198,6 +202,7 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
         prompt_lengths.extend(prompts)
         for path, prompt in zip(tree.paths, prompts, strict=True):
             sequence_lengths.append(path.numel())
+            node_counts[path + start] += 1
             # The first token of a sequence has no parent, hence no prediction: it is scored by nobody.
             scored.append(path[max(prompt, 1) :] + start)
         start += len(tree)
@@ -211,6 +216,7 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
         prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.long),
         scored_nodes=torch.cat(scored) if scored else torch.zeros(0, dtype=torch.long),
         scored_lengths=torch.tensor([nodes.numel() for nodes in scored], dtype=torch.long),
+        node_counts=node_counts,
         num_tokens=start,
         runs=_runs(end[:start], parent[:start]),
     )

@@ -52,7 +52,11 @@ class PreparedModel:
         return min(read, cast(torch.nn.Linear, self.model.get_output_embeddings()).weight.shape[0])
 
     def hidden_states(self, row: PackedRow) -> torch.Tensor:
-        """Final hidden states of a row, ``[S, hidden]``.
+        """Final hidden states of a row, ``[S, hidden]`` (see `run`)."""
+        return self.run(row).last_hidden_state[0]
+
+    def run(self, row: PackedRow, **options: Any) -> Any:
+        """The backbone's output for a row; ``options`` are passed to its forward pass.
 
         Raises:
             NotImplementedError: if a layer does not attend through the tree.
@@ -65,13 +69,33 @@ class PreparedModel:
                 attention_mask=torch.ones(1, len(row), dtype=torch.long, device=device),
                 position_ids=row.position_ids[None],
                 use_cache=False,
+                **options,
             )
         if active.attention_calls < self.attention_layers:
             raise NotImplementedError(
                 f"{active.attention_calls} of its {self.attention_layers} layers attend through transformers' "
                 "attention interface; the others have attention code of their own, or mix tokens by other means"
             )
-        return output.last_hidden_state[0]
+        return output
+
+    def router_logits(self, output: Any) -> tuple[torch.Tensor, ...]:
+        """What the routers of a mixture of experts gave in ``run(row, output_router_logits=True)``: ``[S, experts]`` each.
+
+        Raises:
+            NotImplementedError: if the family does not return them.
+        """
+        given = getattr(output, "router_logits", None)
+        if not isinstance(given, tuple) or not given:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} does not return its router logits: set router_aux_loss_coef to 0 to train "
+                "without the auxiliary loss"
+            )
+        return given
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that a router chooses for a token."""
+        return self.model.config.get_text_config().num_experts_per_tok
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """The family's own logits for hidden states ``[N, hidden]``, scaled and soft-capped as it does: ``[N, vocab]``.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 
 from preftree.trainers.collator import pair_tree
 
 logger = logging.getLogger(__name__)
 
+_ROW = "preftree_row"
 _MESSAGE_FORM = "a list of messages {'role': ..., 'content': ...}"
 
 
@@ -78,7 +80,8 @@ class PairCheck:
         max_length, truncation_mode: as in TRL.
         row_length: a pair's tree must fit into it; None for no limit.
         overlong: what to do with a pair longer than max_length or row_length: None cuts at max_length as TRL does and
-            raises at row_length; "truncate" cuts at both, "drop" leaves out, "error" raises.
+            raises at row_length; "truncate" cuts at both, "drop" leaves out, "error" raises. A pair whose prompt alone
+            fills max_length has nothing left to learn from: None and "truncate" leave it out, as TRL does.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class PairCheck:
         # Counted, and told by `report`.
         self.identical = 0
         self.dropped = 0
+        self.without_completion = 0
         self.shortened = 0
 
     def __call__(self, example: Mapping[str, Any], where: str) -> dict[str, Any] | None:
@@ -127,6 +131,13 @@ class PairCheck:
         longest = len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
         if self.max_length is not None and longest > self.max_length and self.overlong in ("drop", "error"):
             self._refuse(where, f"{longest} tokens are more than max_length={self.max_length}")
+            return None
+        if (
+            self.max_length is not None
+            and self.truncation_mode == "keep_start"
+            and len(example["prompt_ids"]) >= self.max_length
+        ):
+            self.without_completion += 1
             return None
         if self.row_length is None:
             return dict(example)
@@ -174,6 +185,13 @@ class PairCheck:
             )
         if self.dropped:
             logger.warning("%s: %d pairs were too long and are left out (overlong='drop')", self.source, self.dropped)
+        if self.without_completion:
+            logger.warning(
+                "%s: in %d pairs the prompt alone fills max_length=%s: they are left out",
+                self.source,
+                self.without_completion,
+                self.max_length,
+            )
         if self.shortened:
             logger.warning(
                 "%s: %d pairs were cut to fit into row_length=%s (overlong='truncate')",
@@ -181,6 +199,57 @@ class PairCheck:
                 self.shortened,
                 self.row_length,
             )
+
+
+def prepare_pairs(
+    dataset: Dataset | IterableDataset,
+    tokenise: Callable[[Any], Any],
+    check: PairCheck,
+    chat_template: bool,
+) -> Dataset | IterableDataset:
+    """A data set checked, tokenised and checked again.
+
+    Args:
+        tokenise: adds `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        check: what is checked in tokenised pairs.
+        chat_template: whether the tokenizer can take chats.
+
+    Raises:
+        ValueError: naming row and field. A stream is checked as it comes; its rows are numbered in that order.
+    """
+    source = check.source
+    check_columns(dataset.column_names, source)
+
+    def checked(example: dict[str, Any], index: int) -> dict[str, Any]:
+        check_example(example, f"{source}, row {index}", chat_template)
+        return example
+
+    if isinstance(dataset, IterableDataset):
+
+        def kept_or_empty(example: dict[str, Any], index: int) -> dict[str, Any]:
+            return check(example, f"{source}, row {index}") or {**example, "chosen_ids": []}
+
+        dataset = tokenise(dataset.map(checked, with_indices=True))
+        return dataset.map(kept_or_empty, with_indices=True).filter(lambda example: example["chosen_ids"])
+    for index, example in enumerate(dataset):
+        checked(example, index)
+    # Rows keep the number they have in the user's data.
+    dataset = tokenise(dataset.add_column(_ROW, list(range(len(dataset)))))
+    kept, changed = [], {}
+    columns = [n for n in (_ROW, "prompt", "prompt_ids", "chosen_ids", "rejected_ids") if n in dataset.column_names]
+    for index, example in enumerate(dataset.select_columns(columns)):
+        pair = check(example, f"{source}, row {example[_ROW]}")
+        if pair is not None:
+            kept.append(index)
+            if pair != example:
+                changed[index] = pair
+    check.report()
+    if not kept:
+        raise ValueError(f"{source}: no pair is left to train on: all are too long (max_length={check.max_length})")
+    if changed:
+        dataset = dataset.map(lambda example, index: changed.get(index, example), with_indices=True)
+    dataset = dataset.remove_columns(_ROW)
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
 def check_weights(model: torch.nn.Module, name: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +22,24 @@ from trl.trainer.utils import get_config_model_id, hash_module, use_adapter
 from preftree.logprobs import sequence_logps
 from preftree.models import prepare_model, prepared_part
 from preftree.models.refusals import active_dropout, disable_dropout
-from preftree.objectives import DPO_LOSSES, MIXING, DPOOptions
+from preftree.objectives import DPO_LOSSES, MIXING, DPOOptions, load_balancing
 from preftree.packing import PackedRow, empty_row
 from preftree.trainers import reference
-from preftree.trainers.checks import PairCheck, check_columns, check_example, check_weights
+from preftree.trainers.checks import PairCheck, check_columns, check_weights, prepare_pairs
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.config import DPOConfig
-from preftree.trainers.step import MicroBatch, pairs_of, statistics, weighted_logps, wpo_weights
+from preftree.trainers.step import (
+    Gradient,
+    MicroBatch,
+    Terms,
+    by_side,
+    metrics,
+    pairs_of,
+    statistics,
+    weighted_logps,
+    wpo_weights,
+)
 from preftree.version import __version__
-
-_ROW = "preftree_row"
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -40,8 +50,8 @@ class DPOTrainer(trl.DPOTrainer):
     distribution, logging) is TRL's and transformers' own.
 
     Raises:
-        NotImplementedError: for a model or setting that cannot be computed exactly (see `preftree.prepare_model`),
-            for images, and for a mixture-of-experts auxiliary loss.
+        NotImplementedError: for a model or setting that cannot be computed exactly (see `preftree.prepare_model`), and
+            for images.
         ValueError: for bad data, naming row and field, and for weights that are not finite.
     """
 
@@ -82,11 +92,6 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _prepare_for_trees(self) -> None:
         """Prepare policy and reference, and put the collator in place; does nothing the second time."""
-        if self.aux_loss_enabled:
-            raise NotImplementedError(
-                f"{type(self.model).__name__}: router_aux_loss_coef={self.router_aux_loss_coef}: the auxiliary loss "
-                "counts tokens over the whole padded batch; set router_aux_loss_coef=0.0 to train without it"
-            )
         for part in (self.model, self.ref_model):
             if part is None or prepared_part(part) is not None:
                 continue
@@ -99,7 +104,7 @@ class DPOTrainer(trl.DPOTrainer):
                 )
             prepare_model(self.accelerator.unwrap_model(part), self.args.attention_backend)
         if not isinstance(self.data_collator, TreeCollator):
-            padded = self.data_collator
+            self._padded = self.data_collator
             self._trees = TreeCollator(
                 pad_token_id=self._tokenizer.pad_token_id,
                 max_length=self.args.max_length,
@@ -107,7 +112,7 @@ class DPOTrainer(trl.DPOTrainer):
                 row_length=self.args.row_length,
                 static=self.args.device.type == "cuda",
                 share_prefixes=self.args.share_prefixes,
-                padded=padded if self.compute_metrics is not None else None,
+                padded=self._padded if self.compute_metrics is not None else None,
             )
             if not self._user_collator:
                 self.data_collator = self._trees
@@ -127,50 +132,27 @@ class DPOTrainer(trl.DPOTrainer):
         source = f"{dataset_name} dataset"
         if dataset.info.dataset_name:
             source += f" ({dataset.info.dataset_name})"
-        check_columns(dataset.column_names, source)
-        chat_template = getattr(processing_class, "chat_template", None) is not None
         check = PairCheck(
             source, self._vocabulary, args.max_length, args.truncation_mode, args.row_length, args.overlong
         )
-
-        def checked(example: dict[str, Any], index: int) -> dict[str, Any]:
-            check_example(example, f"{source}, row {index}", chat_template)
-            return example
-
-        if isinstance(dataset, IterableDataset):
-            # Checked as it comes; rows are numbered in the order of the stream.
-            dataset = dataset.map(checked, with_indices=True)
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-            return dataset.map(_Streamed(check), with_indices=True).filter(lambda example: example["chosen_ids"])
-        for index, example in enumerate(dataset):
-            checked(example, index)
-        # Rows keep the number they have in the user's data, also behind TRL's filters.
-        dataset = dataset.add_column(_ROW, list(range(len(dataset))))
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        kept, changed = [], {}
-        columns = [n for n in (_ROW, "prompt", "prompt_ids", "chosen_ids", "rejected_ids") if n in dataset.column_names]
-        for index, example in enumerate(dataset.select_columns(columns)):
-            pair = check(example, f"{source}, row {example[_ROW]}")
-            if pair is not None:
-                kept.append(index)
-                if pair != example:
-                    changed[index] = pair
-        check.report()
-        if not kept:
-            raise ValueError(
-                f"{source}: no pair is left to train on (max_length={args.max_length}, {check.dropped} dropped)"
-            )
-        if changed:
-            dataset = dataset.map(lambda example, index: changed.get(index, example), with_indices=True)
-        dataset = dataset.remove_columns(_ROW)
-        return dataset if len(kept) == len(dataset) else dataset.select(kept)
+        # TRL would leave out in silence what max_length leaves no completion of; the check says which and how many.
+        unlimited = copy.copy(args)
+        unlimited.max_length = None
+        tokenise = partial(
+            super()._prepare_dataset, processing_class=processing_class, args=unlimited, dataset_name=dataset_name
+        )
+        chat_template = getattr(processing_class, "chat_template", None) is not None
+        return prepare_pairs(dataset, tokenise, check, chat_template)
 
     # ------------------------------------------------------------------------------------------------------ steps
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         batch = self._batch = self._micro_batch(inputs)
-        if len(batch.rows) > 1 and MIXING.intersection(self.loss_types):
-            self._find_gradient(model, batch)
+        if len(batch.rows) > 1 and (self.aux_loss_enabled or MIXING.intersection(self.loss_types)):
+            # The loss is no sum over rows: a first pass without gradients finds its gradient by what they add up to.
+            with torch.no_grad():
+                whole = self._run(model, batch)
+            batch.gradient = Gradient.of(partial(self._loss, batch), whole)
         loss = torch.zeros((), device=self.args.device)
         for number, row in enumerate(batch.rows):
             # Gradients are exchanged between ranks once, with the last row.
@@ -178,7 +160,7 @@ class DPOTrainer(trl.DPOTrainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = loss + super().training_step(model, {"row": row}, num_items_in_batch)
         if batch.gradient is not None:
-            loss = batch.values["loss"] / self.current_gradient_accumulation_steps
+            loss = batch.gradient.loss / self.current_gradient_accumulation_steps
         self._log_metrics(batch, "train")
         self._count(batch)
         self._batch = None
@@ -187,20 +169,14 @@ class DPOTrainer(trl.DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         if "row" in inputs and self._batch is not None:
             return self._row_loss(model, self._batch, inputs["row"])
-        mode = "train" if self.model.training else "eval"
         batch = self._micro_batch(inputs)
-        if len(batch.rows) > 1 and MIXING.intersection(self.loss_types):
-            self._find_gradient(model, batch)
-        loss = sum(self._row_loss(model, batch, row) for row in batch.rows)
-        if batch.gradient is not None:
-            # The surrogate has the right gradient and another value.
-            loss = loss + (batch.values["loss"] - loss).detach()
-        self._log_metrics(batch, mode)
+        loss = self._loss(batch, self._run(model, batch))
+        self._log_metrics(batch, "train" if self.model.training else "eval")
         if not return_outputs:
             return loss
         warnings.warn(
-            "`compute_metrics` is given the logits of whole sequences, which are computed for it with an extra, unshared "
-            "forward pass.",
+            "`compute_metrics` and `predict` are given the logits of whole sequences, which are computed for them with an "
+            "extra, unshared forward pass.",
             FutureWarning,
             stacklevel=2,
         )
@@ -209,6 +185,14 @@ class DPOTrainer(trl.DPOTrainer):
             outputs = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False)
         inputs["input_ids"] = padded["input_ids"]  # `prediction_step` hands these to compute_metrics as labels
         return loss, outputs
+
+    def predict(self, *args, **kwargs):
+        # Predictions are logits of whole sequences: batches must hold these too.
+        given, self._trees.padded = self._trees.padded, self._padded
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self._trees.padded = given
 
     def _micro_batch(self, inputs) -> MicroBatch:
         if "rows" not in inputs:  # a collator of the user's, in TRL's padded format
@@ -223,29 +207,35 @@ class DPOTrainer(trl.DPOTrainer):
         return batch
 
     def _row_loss(self, model, batch: MicroBatch, row: PackedRow) -> torch.Tensor:
-        """The row's share of the micro-batch's loss; its values go into the micro-batch's record."""
-        out = sequence_logps(model, row, statistics=True)
-        if out.logps is None:
-            raise ValueError("the model gave no log-probabilities")
-        if not out.logps.numel():
-            return out.logps.sum()
-        row = row.to(out.logps.device)
-        logps = weighted_logps(out, self.ld_alpha)
-        if batch.gradient is not None:
-            batch.record(row, **statistics(out))
-            return (batch.gradient[row.sequence_ids] * logps).sum()
-        ref = self._reference_logps(row, batch)
-        batch.record(row, logps=logps, ref=ref, **statistics(out))
-        losses = self._losses(batch, row.completion_lengths, logps, out.logps, ref)
-        if self.use_weighting:
-            losses = losses * wpo_weights(out).view(-1, 2).prod(1)
-        return losses.sum() / batch.pairs
+        """The row's share of the micro-batch's loss."""
+        if batch.gradient is None:
+            return self._loss(batch, self._terms(model, batch, row))
+        out = sequence_logps(model, row, experts=self.aux_loss_enabled)
+        return batch.gradient.linear(row.to(self.args.device), out, weighted_logps(out, self.ld_alpha))
 
-    def _losses(
-        self, batch: MicroBatch, lengths: torch.Tensor, logps: torch.Tensor, plain: torch.Tensor, ref: torch.Tensor
-    ) -> torch.Tensor:
-        """Weighted sum of the loss types for each pair, ``[n / 2]`` (arguments as in `pairs_of`)."""
-        pairs = pairs_of(batch, lengths, logps, plain, ref)
+    def _run(self, model, batch: MicroBatch) -> Terms:
+        """The terms of all rows, as those of the whole micro-batch."""
+        return Terms.join(batch.rows, [self._terms(model, batch, row) for row in batch.rows])
+
+    def _terms(self, model, batch: MicroBatch, row: PackedRow) -> Terms:
+        """Policy and reference on one row; what metrics need goes into the micro-batch's record."""
+        out = sequence_logps(model, row, statistics=True, experts=self.aux_loss_enabled)
+        row = row.to(self.args.device)
+        terms = Terms(
+            lengths=row.completion_lengths,
+            logps=weighted_logps(out, self.ld_alpha),
+            plain=out.logps,
+            ref=self._reference_logps(row, batch),
+            weights=wpo_weights(out) if self.use_weighting else None,
+            expert_counts=out.expert_counts,
+            expert_probs=out.expert_probs,
+        )
+        batch.record(row, logps=terms.logps, ref=terms.ref, **statistics(out))
+        return terms
+
+    def _loss(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
+        """The share of these sequences in the micro-batch's loss: a mean over its pairs, weighted over the loss types."""
+        pairs = pairs_of(batch, terms)
         options = DPOOptions(
             beta=self.beta,
             label_smoothing=self.label_smoothing,
@@ -256,34 +246,14 @@ class DPOTrainer(trl.DPOTrainer):
         total = torch.zeros_like(pairs.chosen)
         for name, weight in zip(self.loss_types, self.loss_weights, strict=True):
             total = total + weight * DPO_LOSSES[name](pairs, options)
-        return total
-
-    def _find_gradient(self, model, batch: MicroBatch) -> None:
-        """First pass, for losses that mix the pairs of a micro-batch: the loss, and its gradient by log-probability."""
-        with torch.no_grad():
-            for row in batch.rows:
-                out = sequence_logps(model, row)
-                if row.num_sequences and out.logps is not None:
-                    row = row.to(out.logps.device)
-                    logps, ref = weighted_logps(out, self.ld_alpha), self._reference_logps(row, batch)
-                    batch.record(row, logps=logps, plain=out.logps, ref=ref, lengths=row.completion_lengths)
-        values = batch.values
-        logps = values["logps"].clone().requires_grad_()
-        plain = values["plain"].clone().requires_grad_()
-        with torch.enable_grad():
-            loss = self._losses(batch, values["lengths"], logps, plain, values["ref"]).mean()
-            gradient, plain_gradient = torch.autograd.grad(loss, (logps, plain), allow_unused=True)
-        if gradient is None:
-            gradient = torch.zeros_like(logps)
-        if plain_gradient is not None and bool(plain_gradient.any()):
-            if self.ld_alpha is not None:
-                raise NotImplementedError(
-                    "loss_type 'sft' together with 'aot' and ld_alpha needs all pairs of a micro-batch in one row: "
-                    "raise row_length"
-                )
-            gradient = gradient + plain_gradient
-        batch.gradient = gradient
-        values["loss"] = loss.detach()
+        if terms.weights is not None:
+            total = total * torch.mul(*by_side(terms.weights))
+        loss = total.sum() / batch.pairs
+        if terms.expert_counts is not None and terms.expert_probs is not None:
+            aux_loss = load_balancing(terms.expert_counts, terms.expert_probs)
+            batch.aux_loss = aux_loss.detach()
+            loss = loss + self.router_aux_loss_coef * aux_loss
+        return loss
 
     # -------------------------------------------------------------------------------------------------- reference
 
@@ -386,29 +356,13 @@ class DPOTrainer(trl.DPOTrainer):
         self.computed["unshared_tokens"] += batch.num_tokens
 
     def _log_metrics(self, batch: MicroBatch, mode: str) -> None:
-        """TRL's metrics of one micro-batch, from its whole record: they do not depend on how it was cut into rows."""
-        metrics, gather = self._metrics[mode], self.accelerator.gather
-        chosen, rejected = batch.by_side("logps")
-        ref_chosen, ref_rejected = batch.by_side("ref")
-        chosen_rewards, rejected_rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
-        sums = {name: torch.stack(batch.by_side(name)).sum(1) for name in ("tokens", "entropy", "mean_logits", "top1")}
-        # [metric, side], summed over ranks: token metrics weigh by tokens, the others by pairs.
-        table = gather(torch.stack(list(sums.values()))[None]).sum(0)
-        tokens, entropy, mean_logits, top1 = table
-        metrics["entropy"].append(_ratio(entropy.sum(), tokens.sum()))
+        values = metrics(batch, self.beta, self.accelerator.gather, self.args.device)
+        counted = values.pop("num_tokens")
         if mode == "train":
-            counted = gather(torch.tensor([batch.num_tokens], device=self.args.device)).sum().item()
             self._total_train_tokens += counted // self._tp_size
-        metrics["num_tokens"] = [self._total_train_tokens]
-        metrics["logits/chosen"].append(_ratio(mean_logits[0], tokens[0]))
-        metrics["logits/rejected"].append(_ratio(mean_logits[1], tokens[1]))
-        metrics["mean_token_accuracy"].append(_ratio(top1[0], tokens[0]))
-        metrics["rewards/chosen"].append(gather(chosen_rewards).mean().item())
-        metrics["rewards/rejected"].append(gather(rejected_rewards).mean().item())
-        metrics["rewards/accuracies"].append(gather((chosen_rewards > rejected_rewards).float()).mean().item())
-        metrics["rewards/margins"].append(gather(chosen_rewards - rejected_rewards).mean().item())
-        metrics["logps/chosen"].append(gather(chosen).mean().item())
-        metrics["logps/rejected"].append(gather(rejected).mean().item())
+        for name, value in values.items():
+            self._metrics[mode][name].append(value)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def floating_point_ops(self, inputs) -> int:
         """6 operations per parameter and computed token; attention's own are left out, as transformers does."""
@@ -416,21 +370,6 @@ class DPOTrainer(trl.DPOTrainer):
             return super().floating_point_ops(inputs)
         model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
         return 6 * sum(row.num_tokens for row in inputs["rows"]) * model.num_parameters(exclude_embeddings=True)
-
-
-class _Streamed:
-    """`PairCheck` for a stream: dropped pairs come out empty, to be filtered away."""
-
-    def __init__(self, check: PairCheck):
-        self.check = check
-
-    def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
-        pair = self.check(example, f"{self.check.source}, row {index}")
-        return {**example, "chosen_ids": []} if pair is None else pair
-
-
-def _ratio(total: torch.Tensor, count: torch.Tensor) -> float:
-    return (total / count).item() if count > 0 else 0.0
 
 
 def _upgrade(args: trl.DPOConfig) -> DPOConfig:
