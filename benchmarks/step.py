@@ -1,9 +1,10 @@
 """A DPO training step by TRL and by preftree, side by side in one run: pairs a second and peak memory.
 
 Each side runs in a process of its own, in turn, on the same random pairs: SmolLM2-135M-Instruct, fp32, SGD, separate
-reference, no activation checkpointing. The first step of each process is not counted.
+reference, no activation checkpointing. The first step of each process is not counted. "packed" is preftree with sharing
+switched off: what packing and scoring only the responses give without it.
 
-    python benchmarks/step.py --prompt 500 --response 60 --pairs 4
+    python benchmarks/step.py --prompt 500 --response 60 --pairs 2
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+SIDES = ("trl", "packed", "preftree")
 sys.path.insert(0, str(ROOT / "examples"))
 
 
@@ -49,9 +51,10 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     import preftree
 
     folder = smollm2(ROOT / "build" / "smollm2")
-    sides = {"trl": (trl.DPOTrainer, trl.DPOConfig), "preftree": (preftree.DPOTrainer, preftree.DPOConfig)}
-    trainer_class, config = sides[options.side]
-    args = config(
+    library = trl if options.side == "trl" else preftree
+    own = {"share_prefixes": False} if options.side == "packed" else {}
+    args = library.DPOConfig(
+        **own,
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=options.pairs,
         max_steps=1,
@@ -67,7 +70,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c"}] * options.pairs)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    trainer = trainer_class(model, args=args, train_dataset=text, processing_class=tokenizer)
+    trainer = library.DPOTrainer(model, args=args, train_dataset=text, processing_class=tokenizer)
     trainer.create_optimizer_and_scheduler(1)
     trainer.current_gradient_accumulation_steps = 1  # what `train` sets before it steps
     pairs = random_pairs(options.pairs * (options.steps + 1), options.prompt, options.response, 49000)
@@ -89,15 +92,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=500, help="tokens of a prompt")
     parser.add_argument("--response", type=int, default=60, help="tokens of a response")
-    parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
-    parser.add_argument("--steps", type=int, default=3, help="counted steps of a round")
-    parser.add_argument("--rounds", type=int, default=2, help="how often the two take turns")
-    parser.add_argument("--side", choices=("trl", "preftree"), help=argparse.SUPPRESS)
+    parser.add_argument("--pairs", type=int, default=2, help="pairs a step")
+    parser.add_argument("--steps", type=int, default=2, help="counted steps of a round")
+    parser.add_argument("--rounds", type=int, default=3, help="how often they take turns")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         print(json.dumps(run_side(options)))
         return
-    measured: dict[str, list[dict[str, float]]] = {"trl": [], "preftree": []}
+    measured: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
         for side, results in measured.items():
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
@@ -108,15 +111,16 @@ def main() -> None:
     print(
         f"SmolLM2-135M, {options.pairs} pairs of ({options.prompt}, {options.response}, {options.response}) tokens a step"
     )
-    print(f"{'':<10}{'pairs/s':>9}{'(rounds)':>18}{'peak GB':>9}")
-    rates = {}
+    print(f"{'':<10}{'pairs/s':>9}{'(rounds)':>24}{'peak GB':>9}")
     for side, results in measured.items():
         each = [options.pairs / result["seconds"] for result in results]
-        rates[side] = statistics.median(each)
         peak = max(result["peak_gb"] for result in results)
-        print(f"{side:<10}{rates[side]:>9.3f}{' '.join(f'{rate:.3f}' for rate in each):>18}{peak:>9.2f}")
-    ratios = [t["seconds"] / p["seconds"] for t, p in zip(measured["trl"], measured["preftree"], strict=True)]
-    print(f"preftree / TRL: {rates['preftree'] / rates['trl']:.2f}x (rounds: {', '.join(f'{r:.2f}' for r in ratios)})")
+        print(f"{side:<10}{statistics.median(each):>9.3f}{' '.join(f'{rate:.3f}' for rate in each):>24}{peak:>9.2f}")
+    for other in ("trl", "packed"):
+        pairs = zip(measured[other], measured["preftree"], strict=True)
+        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"preftree / {other}: {statistics.median(ratios):.2f}x pairs/s (rounds: {rounds})")
     print(versions())
 
 

@@ -37,17 +37,15 @@ def check(history: list[dict[str, float]]) -> list[str]:
 def seconds_a_pair(trainer: DPOTrainer, batches: int = 2) -> tuple[float, float]:
     """Forward and backward passes (reference included) with and without sharing, in turn on the same pairs."""
     size = trainer.args.per_device_train_batch_size
-    examples = [trainer.train_dataset[i] for i in range(size * (batches + 1))]
     spent = {True: 0.0, False: 0.0}
-    for number in range(batches + 1):
-        pairs = examples[number * size : (number + 1) * size]
-        for share, total in spent.items():
+    for number in range(batches):
+        pairs = [trainer.train_dataset[i] for i in range(number * size, (number + 1) * size)]
+        for share in spent:
             collator = TreeCollator(trainer._tokenizer.pad_token_id, trainer.args.max_length, share_prefixes=share)
             started = time.perf_counter()
             trainer.training_step(trainer.model, collator(pairs))
+            spent[share] += time.perf_counter() - started
             trainer.model.zero_grad()
-            if number:  # the first round warms up
-                spent[share] = total + time.perf_counter() - started
     return spent[True] / (batches * size), spent[False] / (batches * size)
 
 

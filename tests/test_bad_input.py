@@ -119,6 +119,11 @@ def test_dropout_that_is_kept(model_path, tmp_path):
         make(model, text_pairs(4), tmp_path, disable_dropout=False)
 
 
+def test_noise_on_embeddings_is_refused(model_path, tmp_path):
+    with pytest.raises(NotImplementedError, match=r"neftune_noise_alpha=5\.0: a shared prefix would get one noise"):
+        make(model_path, text_pairs(4), tmp_path, neftune_noise_alpha=5.0)
+
+
 def test_images_are_refused(model_path, tmp_path):
     pairs = [pair | {"image": "x"} for pair in text_pairs(2)]
     with pytest.raises(NotImplementedError, match="images are not supported"):

@@ -58,6 +58,8 @@ def test_loss_types(model_path, loss_type, own):
         {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
         {"loss_type": ["aot", "sft"], "loss_weights": [1.0, 0.5]},
         {"loss_type": ["aot_unpaired", "sft"], "ld_alpha": 0.5},
+        {"include_num_input_tokens_seen": "all"},
+        {"include_num_input_tokens_seen": "non_padding"},
         {"per_device_train_batch_size": 4, "max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 3},
         {"weight_decay": 0.1, "max_grad_norm": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 1},
     ],
@@ -272,6 +274,13 @@ def test_workers_and_pinning(model_path):
         train("preftree", model_path, dataset(text_pairs(15)), dataloader_num_workers=workers) for workers in (0, 2)
     ]
     assert max(differences(*runs)) == 0
+
+
+def test_compiled_wrapper_changes_nothing(model_path):
+    runs = [
+        train("preftree", model_path, dataset(text_pairs(15)), torch_compile=compiled) for compiled in (False, True)
+    ]
+    assert max(differences(*runs)) <= 1e-6
 
 
 def test_bf16_autocast_reaches_policy_and_reference(model_path):

@@ -187,6 +187,14 @@ def test_peft_that_prepends_virtual_tokens_is_refused():
         preftree.prepare_model(model)
 
 
+def test_peft_that_acts_from_a_token_on_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    model = peft.get_peft_model(exact_model("llama"), config)
+    with pytest.raises(NotImplementedError, match="alora_invocation_tokens"):
+        preftree.prepare_model(model)
+
+
 def test_wrapped_model_is_called_through_its_wrapper():
     class Wrapper(torch.nn.Module):
         def __init__(self, module):

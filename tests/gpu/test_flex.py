@@ -9,7 +9,12 @@ import preftree
 from preftree.attention import BACKENDS, Scores
 from preftree.attention.mask import CAUSAL, Rule
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # What FlexAttention says when it is not compiled, as after too many compilations.
+    pytest.mark.filterwarnings("error:flex_attention called without torch.compile"),
+]
 
 WINDOW = Rule(lambda b, h, q, k: (k <= q) & (k > q - 50), reach=50)
 

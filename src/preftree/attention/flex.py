@@ -14,10 +14,17 @@ from preftree.packing import PackedRow
 BLOCK = 128
 
 
+# Kernels that may be compiled: one for each row length, kind of mask and kind of scores that occurs. Dynamo's own limit
+# of 8 would end in an uncompiled attention that writes all scores out.
+_MOST_KERNELS = 512
+
+
 @cache
 def _compiled():
     # Static shapes: rows come in a few fixed lengths, and dynamic ones cost FlexAttention 25 to 40 per cent.
-    return torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    limits = {"recompile_limit": _MOST_KERNELS, "accumulated_recompile_limit": _MOST_KERNELS}
+    return torch._dynamo.config.patch(**limits)(compiled)
 
 
 def block_mask(row: PackedRow, rule: Rule, block: int = BLOCK) -> BlockMask:

@@ -163,7 +163,10 @@ def _tree_aware(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock_forward)
     def forward(self, *args, on_tree: Callable[[PreparedModel], Any] | None = None, **kwargs):
         prepared = getattr(self, _ATTRIBUTE)
-        return prepared.plain_forward(*args, **kwargs) if on_tree is None else on_tree(prepared)
+        if on_tree is None:
+            return prepared.plain_forward(*args, **kwargs)
+        # A compiled wrapper (`torch_compile=True`) runs this part as it is: rows are bound in Python, call by call.
+        return torch.compiler.disable(on_tree)(prepared) if torch.compiler.is_compiling() else on_tree(prepared)
 
     return forward
 
@@ -181,6 +184,11 @@ def _base(model: Any) -> PreTrainedModel:
                 raise NotImplementedError(
                     f"PEFT method {config.peft_type} is not supported: it prepends virtual tokens to every sequence, "
                     "which a row of several sequences has no place for"
+                )
+            if getattr(config, "alora_invocation_tokens", None):
+                raise NotImplementedError(
+                    "PEFT setting alora_invocation_tokens (activated LoRA) is not supported: from where the adapter acts "
+                    "is found sequence by sequence, which a row of several sequences does not show"
                 )
         model = below
     if not isinstance(model, PreTrainedModel):

@@ -64,6 +64,11 @@ class DPOTrainer(trl.DPOTrainer):
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
         elif not isinstance(args, DPOConfig):
             args = _upgrade(args)
+        if args.neftune_noise_alpha is not None:
+            raise NotImplementedError(
+                f"neftune_noise_alpha={args.neftune_noise_alpha}: a shared prefix would get one noise where separate "
+                "sequences get several, of a size that depends on the padded length; leave it unset"
+            )
         for part, name in ((model, "model"), (ref_model, "ref_model")):
             if isinstance(part, torch.nn.Module):
                 check_weights(part, name)
@@ -102,7 +107,7 @@ class DPOTrainer(trl.DPOTrainer):
                     f"disable_dropout=False, but {found[0] or 'the model'} has dropout {found[2]}: a shared prefix cannot "
                     "reproduce separate dropout masks"
                 )
-            prepare_model(self.accelerator.unwrap_model(part), self.args.attention_backend)
+            prepare_model(self.accelerator.unwrap_model(part, keep_torch_compile=False), self.args.attention_backend)
         if not isinstance(self.data_collator, TreeCollator):
             self._padded = self.data_collator
             self._trees = TreeCollator(
@@ -363,6 +368,19 @@ class DPOTrainer(trl.DPOTrainer):
         for name, value in values.items():
             self._metrics[mode][name].append(value)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        """`include_num_input_tokens_seen`: the tokens of TRL's padded batch, or ("non_padding") of its sequences."""
+        if "rows" not in inputs or self.args.include_num_input_tokens_seen == "no":
+            return super()._track_num_input_tokens(inputs)
+        count = inputs["num_tokens"]
+        if self.args.include_num_input_tokens_seen != "non_padding":
+            longest = max(int(row.sequence_lengths.max()) for row in inputs["rows"])
+            multiple = getattr(self._padded, "pad_to_multiple_of", None) or 1
+            count = 2 * len(inputs["index"]) * -(-longest // multiple) * multiple
+        counts = self.accelerator.gather(torch.tensor([count], device=self.args.device))
+        self.state.num_input_tokens_seen += int(counts.sum())
+        return None
 
     def floating_point_ops(self, inputs) -> int:
         """6 operations per parameter and computed token; attention's own are left out, as transformers does."""
