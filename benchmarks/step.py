@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=60, help="tokens of a response")
     parser.add_argument("--pairs", type=int, default=2, help="pairs a step")
     parser.add_argument("--steps", type=int, default=2, help="counted steps of a round")
-    parser.add_argument("--rounds", type=int, default=3, help="how often they take turns")
+    parser.add_argument("--rounds", type=int, default=2, help="how often they take turns")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:

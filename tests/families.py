@@ -103,6 +103,17 @@ EXACT: dict[str, tuple[str, dict]] = {
             "v_head_dim": 12,
         },
     ),
+    "llama4-chunks": (
+        "Llama4",
+        {
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+            "no_rope_layers": [1, 0, 1],
+            "attention_chunk_size": 8,
+            "attn_temperature_tuning": False,
+        },
+    ),
     "granite": ("Granite", {"logits_scaling": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5}),
     "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),

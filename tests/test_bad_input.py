@@ -69,6 +69,13 @@ def test_pair_longer_than_the_row(model_path, tmp_path):
     cut.train()
 
 
+def test_pair_longer_than_the_row_when_nothing_is_shared(model_path, tmp_path):
+    pairs = with_row(prompt="the dog " * 20)
+    assert len(make(model_path, pairs, tmp_path, row_length=80).train_dataset) == 4
+    with pytest.raises(ValueError, match=r"row 2: the pair's \d+ tokens do not fit into row_length=80"):
+        make(model_path, pairs, tmp_path, row_length=80, share_prefixes=False)
+
+
 def test_pair_longer_than_max_length(model_path, tmp_path):
     pairs = with_row(rejected="the dog " * 40)
     assert len(make(model_path, pairs, tmp_path, max_length=60).train_dataset) == 4  # cut, as TRL does

@@ -50,7 +50,13 @@ def test_plan_needs_no_weights(recipe, tmp_path, capsys, monkeypatch):
     picture = tmp_path / "plan.png"
     assert cli.main(["plan", "--config", str(recipe), "--draw", str(picture)]) == 0
     out = capsys.readouterr().out
-    for line in ("tokens without sharing", "tokens with sharing", "row_length", "expected speed-up"):
+    for line in (
+        "tokens without sharing",
+        "tokens with sharing",
+        "row_length",
+        "expected speed-up",
+        "tokens of a prompt",
+    ):
         assert line in out
     assert picture.exists()
     assert (tmp_path / "plan-row.png").exists()

@@ -68,6 +68,18 @@ def test_refused_by_name(name):
     assert "forward" not in vars(model)
 
 
+def test_encoder_is_refused_in_coarse_precision_too():
+    """What follows a token must not change it at all: rounding is no excuse."""
+    model = refused_model("bert-encoder")[0]().to(torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="not causal"):
+        preftree.prepare_model(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma3", "deepseek_v3", "gpt2"])
+def test_coarse_precision_is_accepted(name):
+    preftree.prepare_model(exact_model(name).to(torch.bfloat16))
+
+
 def test_soft_cap_that_sdpa_would_drop_is_refused():
     """Some versions of transformers run Gemma 2 through SDPA without its soft cap, others raise."""
     model = exact_model("gemma2")

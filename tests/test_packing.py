@@ -110,11 +110,19 @@ def test_repr_and_to():
 
 def test_draw_as_text():
     row = preftree.pack([preftree.TokenTree.from_sequences([[1, 2, 3], [1, 4]], [1, 1])], 5)[0]
-    assert row.draw().splitlines()[1:] == ["#....", "##...", "###..", "#..#.", "....#"]
+    tree = [
+        "0-0: 1 token in 2 sequences",
+        "  1-2: 2 tokens in 1 sequence",
+        "  3-3: 1 token in 1 sequence",
+        "4-4: padding",
+    ]
+    assert row.draw().splitlines()[1:] == [*tree, "#....", "##...", "###..", "#..#.", "....#"]
     large = preftree.pack(random_trees(20)[0])[0]
-    picture = large.draw(max_size=16).splitlines()[1:]
-    assert len(picture) <= 16
-    assert all(len(line) == len(picture) for line in picture)
+    lines = large.draw(max_size=16).splitlines()[1:]
+    assert lines[16] == f"... and {len(large.runs) - 16} more runs"
+    mask = lines[17:]
+    assert len(mask) <= 16
+    assert all(len(line) == len(mask) for line in mask)
 
 
 def test_draw_as_picture(tmp_path):

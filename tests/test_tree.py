@@ -75,6 +75,7 @@ def test_deep_chains_need_no_recursion():
         ([[1], []], [0, 0], "sequence 1 is empty"),
         ([[1, 2]], [3], "prompt length 3"),
         ([[1, 2]], [-1], "prompt length -1"),
+        ([[1, 2]], [1.5], r"sequence 0: prompt length 1\.5 is not an integer"),
         ([[1, 2]], [1, 1], "1 sequences, but 2 prompt lengths"),
         ([[1, -2]], [1], "token 1: id -2 is negative"),
         ([[1.5, 2.0]], [1], "integers"),

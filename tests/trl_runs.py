@@ -41,23 +41,30 @@ def train(kind: str, model, train_dataset, own: dict | None = None, trainer_args
     return trainer
 
 
+def end_of(trainer) -> dict:
+    """What a run leaves behind: its log, and its weights by name."""
+    weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    return {"history": trainer.state.log_history, "weights": weights}
+
+
 def differences(one, other) -> tuple[float, float]:
     """Largest difference of any logged metric (relative above 1), and of any parameter relative to its largest entry.
 
-    Fails if the two have not logged the same metrics at the same steps.
+    Takes trainers or what `end_of` gives; fails if the two have not logged the same metrics at the same steps.
     """
+    one, other = (run if isinstance(run, dict) else end_of(run) for run in (one, other))
     metrics = 0.0
-    assert len(one.state.log_history) == len(other.state.log_history)
-    for left, right in zip(one.state.log_history, other.state.log_history, strict=True):
+    assert len(one["history"]) == len(other["history"])
+    for left, right in zip(one["history"], other["history"], strict=True):
         assert set(left) == set(right), set(left) ^ set(right)
         for name, value in left.items():
             if not any(time in name for time in _TIMES):
                 metrics = max(metrics, abs(value - right[name]) / max(1.0, abs(value)))
+    assert one["weights"].keys() == other["weights"].keys()
     parameters = 0.0
-    for (name, left), (twin, right) in zip(one.model.named_parameters(), other.model.named_parameters(), strict=True):
-        assert name == twin
-        largest = left.detach().abs().max().clamp(min=1e-12)
-        parameters = max(parameters, ((left - right).detach().abs().max() / largest).item())
+    for name, left in one["weights"].items():
+        largest = left.abs().max().clamp(min=1e-12)
+        parameters = max(parameters, ((left - other["weights"][name]).abs().max() / largest).item())
     return metrics, parameters
 
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from preftree import data, plan, report
 from preftree.packing import pack
+from preftree.plot import draw_lengths, lengths_as_text
 from preftree.trainers.collator import pair_tree
 from preftree.trainers.config import DPOConfig
 from preftree.trainers.dpo import DPOTrainer
@@ -235,10 +236,9 @@ def _plan(argv: Sequence[str]) -> int:
     result = plan.make_plan(trees, args.per_device_train_batch_size, row_length, plan.ModelCost.from_config(config))
     for name, value in plan.describe(result):
         print(f"{name:<28} {value}")
+    lengths = {"prompt": result.prompts, "response": result.responses, "pair, shared": result.trees}
+    print(lengths_as_text({f"tokens of a {name}": values for name, values in lengths.items()}))
     if script.draw:
-        from preftree.plot import draw_lengths
-
-        lengths = {"prompt": result.prompts, "response": result.responses, "pair, shared": result.trees}
         print(f"lengths drawn to {draw_lengths(lengths, script.draw)}")
         row = pack(trees[: args.per_device_train_batch_size], result.row_length)[0]
         mask = Path(script.draw).with_stem(Path(script.draw).stem + "-row")

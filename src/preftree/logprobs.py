@@ -66,17 +66,18 @@ def sequence_logps(
         NotImplementedError: if the model cannot share prefixes exactly.
         ValueError: for token ids outside the model's vocabulary.
     """
-    if prepared_part(model) is None:
-        prepare_model(model)
+    if (prepared := prepared_part(model)) is None:
+        prepared = prepared_part(prepare_model(model))
+    if prepared is not None and row.device.type == "cpu":
+        # (On a GPU, asking would make it wait at every step.)
+        highest = int(row.input_ids.max()) if len(row) else 0
+        if highest >= prepared.vocabulary_size:
+            raise ValueError(f"token id {highest} is outside the model's vocabulary of {prepared.vocabulary_size}")
     row = row.to(next(model.parameters()).device)
     return model(on_tree=lambda prepared: _score_row(prepared, row, statistics, experts))
 
 
 def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool, experts: bool) -> SequenceLogps:
-    vocabulary = prepared.vocabulary_size
-    if row.device.type == "cpu" and len(row) and int(row.input_ids.max()) >= vocabulary:
-        # (On a GPU the embedding itself would fail; asking there would stall it at every step.)
-        raise ValueError(f"token id {int(row.input_ids.max())} is outside the model's vocabulary of {vocabulary}")
     output = prepared.run(row, **({"output_router_logits": True} if experts else {}))
     hidden_SH = output.last_hidden_state[0]
     # Each scored node once, however many sequences share it.

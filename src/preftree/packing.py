@@ -98,14 +98,15 @@ class PackedRow:
         )
 
     def draw(self, path: str | Path | None = None, max_size: int = 64) -> str:
-        """The row's mask as text, or as a picture.
+        """The row's trees and mask as text, or as a picture.
 
         Args:
             path: where to write a PNG or SVG (needs matplotlib: the extra ``plot``). Without it nothing is written.
-            max_size: larger rows are drawn in this many cells a side, a cell being marked if anything in it is visible.
+            max_size: larger masks are drawn in this many cells a side, a cell being marked if anything in it is visible.
 
         Returns:
-            The drawing as text (one line a cell, ``#`` visible), or the path written to.
+            The drawing as text (the row's unbranched runs, indented below those that they continue; then the mask, ``#``
+            visible), or the path written to.
         """
         from preftree.plot import draw_row
 

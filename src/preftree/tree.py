@@ -7,8 +7,10 @@ shared prefix.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -30,6 +32,13 @@ def _token_array(sequence: Sequence[int], index: int) -> np.ndarray:
         where = int(np.flatnonzero(array < 0)[0])
         raise ValueError(f"sequence {index}, token {where}: id {int(array[where])} is negative")
     return array
+
+
+def _integer(prompt_length: SupportsIndex, index: int) -> int:
+    try:
+        return operator.index(prompt_length)
+    except TypeError as error:
+        raise ValueError(f"sequence {index}: prompt length {prompt_length!r} is not an integer") from error
 
 
 def _common_prefix(first: np.ndarray, other: np.ndarray, start: int) -> int:
@@ -81,6 +90,7 @@ class TokenTree:
             raise ValueError("a tree needs at least one sequence")
         if len(prompt_lengths) != len(arrays):
             raise ValueError(f"{len(arrays)} sequences, but {len(prompt_lengths)} prompt lengths")
+        prompt_lengths = [_integer(length, index) for index, length in enumerate(prompt_lengths)]
         for index, (array, length) in enumerate(zip(arrays, prompt_lengths, strict=True)):
             if not 0 <= length <= len(array):
                 raise ValueError(
@@ -129,7 +139,7 @@ class TokenTree:
             end=torch.from_numpy(np.concatenate(ends)),
             parent=torch.from_numpy(np.concatenate(parents)),
             paths=[torch.from_numpy(np.concatenate(runs)) for runs in runs_of],
-            prompt_lengths=torch.tensor([int(length) for length in prompt_lengths], dtype=torch.long),
+            prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.long),
         )
 
     def unshared(self) -> TokenTree:

@@ -78,7 +78,8 @@ class PairCheck:
         source: name of the data, for messages.
         vocabulary: token ids must be below it.
         max_length, truncation_mode: as in TRL.
-        row_length: a pair's tree must fit into it; None for no limit.
+        row_length: a pair must fit into it; None for no limit.
+        share_prefixes: whether the pair is one tree, or its sequences lie side by side.
         overlong: what to do with a pair longer than max_length or row_length: None cuts at max_length as TRL does and
             raises at row_length; "truncate" cuts at both, "drop" leaves out, "error" raises. A pair whose prompt alone
             fills max_length has nothing left to learn from: None and "truncate" leave it out, as TRL does.
@@ -92,6 +93,7 @@ class PairCheck:
         truncation_mode: str,
         row_length: int | None,
         overlong: str | None,
+        share_prefixes: bool = True,
     ):
         self.source = source
         self.vocabulary = vocabulary
@@ -99,6 +101,7 @@ class PairCheck:
         self.truncation_mode = truncation_mode
         self.row_length = row_length
         self.overlong = overlong
+        self.share_prefixes = share_prefixes
         # Counted, and told by `report`.
         self.identical = 0
         self.dropped = 0
@@ -141,13 +144,17 @@ class PairCheck:
             return None
         if self.row_length is None:
             return dict(example)
-        tokens = len(pair_tree(example, self.max_length, self.truncation_mode))
+        tokens = self._row_tokens(example, self.max_length, self.truncation_mode)
         if tokens <= self.row_length:
             return dict(example)
         if self.overlong != "truncate":
             self._refuse(where, f"the pair's {tokens} tokens do not fit into row_length={self.row_length}")
             return None
         return self._shorten(example, where)
+
+    def _row_tokens(self, example: Mapping[str, Any], max_length: int | None, mode: str) -> int:
+        tree = pair_tree(example, max_length, mode)
+        return len(tree) if self.share_prefixes else tree.num_unshared_tokens
 
     def _refuse(self, where: str, why: str) -> None:
         if self.overlong == "drop":
@@ -164,7 +171,7 @@ class PairCheck:
         low, high = len(prompt), min(longest, self.max_length or longest)
         while low < high:  # the largest cut that fits; `low` always fits or no cut does
             middle = (low + high + 1) // 2
-            if row_length is not None and len(pair_tree(example, middle, "keep_start")) <= row_length:
+            if row_length is not None and self._row_tokens(example, middle, "keep_start") <= row_length:
                 low = middle
             else:
                 high = middle - 1

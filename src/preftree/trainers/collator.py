@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from preftree.packing import PackedRow, pack, static_length
+from preftree.packing import pack, static_length
 from preftree.tree import TokenTree
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -52,8 +52,9 @@ class TreeCollator:
         padded: a collator of TRL's format whose batch to add under "padded", for what needs logits of whole sequences.
 
     A batch holds ``rows`` (sequence ``2 i`` is pair ``i``'s chosen one, ``2 i + 1`` its rejected one), ``index``
-    (LongTensor ``[pairs]``), ``num_tokens`` (of all sequences, the prompt counted in each), and the reference's
-    log-probabilities ``ref_chosen_logps``, ``ref_rejected_logps`` (fp32 ``[pairs]``) where the data has them.
+    (LongTensor ``[pairs]``), ``num_tokens`` (of all sequences, the prompt counted in each), ``chosen_tokens`` (scored ones
+    of the chosen completions), and the reference's log-probabilities ``ref_chosen_logps``, ``ref_rejected_logps`` (fp32
+    ``[pairs]``) where the data has them.
     """
 
     pad_token_id: int
@@ -65,12 +66,7 @@ class TreeCollator:
     padded: Any = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        trees = [pair_tree(example, self.max_length, self.truncation_mode) for example in examples]
-        batch: dict[str, Any] = {
-            "index": torch.arange(len(trees)),
-            "num_tokens": sum(tree.num_unshared_tokens for tree in trees),
-            "rows": self.pack(trees),
-        }
+        batch = self._batch([pair_tree(example, self.max_length, self.truncation_mode) for example in examples])
         for column in REFERENCE_COLUMNS:
             if column in examples[0]:
                 batch[column] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
@@ -78,14 +74,20 @@ class TreeCollator:
             batch["padded"] = self.padded(list(examples))
         return batch
 
-    def pack(self, trees: Sequence[TokenTree]) -> list[PackedRow]:
+    def _batch(self, trees: list[TokenTree]) -> dict[str, Any]:
         """Rows of the trees of a batch; a pair is never split over two rows."""
+        chosen_tokens = sum(tree.paths[0].numel() - max(int(tree.prompt_lengths[0]), 1) for tree in trees)
+        batch = {
+            "index": torch.arange(len(trees)),
+            "num_tokens": sum(tree.num_unshared_tokens for tree in trees),
+            "chosen_tokens": chosen_tokens,
+        }
         if not self.share_prefixes:
             trees = [tree.unshared() for tree in trees]
         row_length = self.row_length
         if row_length is None and self.static:
             row_length = static_length(sum(len(tree) for tree in trees))
-        return pack(trees, row_length, self.pad_token_id)
+        return batch | {"rows": pack(trees, row_length, self.pad_token_id)}
 
     def from_padded(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The same batch from TRL's padded format: rows [all chosen; all rejected], masks, already truncated."""
@@ -100,11 +102,7 @@ class TreeCollator:
             TokenTree.from_sequences([sequences[i], sequences[half + i]], [prompts[i], prompts[half + i]])
             for i in range(half)
         ]
-        result: dict[str, Any] = {
-            "index": torch.arange(half),
-            "num_tokens": int(batch["attention_mask"].sum()),
-            "rows": self.pack(trees),
-        }
+        result = self._batch(trees)
         result.update({column: batch[column] for column in REFERENCE_COLUMNS if column in batch})
         if self.padded is not None:
             result["padded"] = batch

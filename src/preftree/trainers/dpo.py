@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,7 +139,13 @@ class DPOTrainer(trl.DPOTrainer):
         if dataset.info.dataset_name:
             source += f" ({dataset.info.dataset_name})"
         check = PairCheck(
-            source, self._vocabulary, args.max_length, args.truncation_mode, args.row_length, args.overlong
+            source,
+            vocabulary=self._vocabulary,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            row_length=args.row_length,
+            overlong=args.overlong,
+            share_prefixes=args.share_prefixes,
         )
         # TRL would leave out in silence what max_length leaves no completion of; the check says which and how many.
         unlimited = copy.copy(args)
@@ -305,20 +312,20 @@ class DPOTrainer(trl.DPOTrainer):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # raises
         self._prepare_for_trees()
         args = self.args
-        # Collated as in training, but the order does not matter: pairs of like length share rows well.
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
         settings = {
+            "config": reference.arithmetic_of(model.config),
             "max_length": args.max_length,
             "truncation_mode": args.truncation_mode,
             "ld_alpha": self.ld_alpha,
             "precision": self.accelerator.mixed_precision,
-            "dtype": str(next(self.model.parameters()).dtype),
+            "dtype": str(next(model.parameters()).dtype),
             "device": args.device.type,
             "versions": [__version__, torch.__version__],
         }
         examples = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-        key = reference.content_key(self._precompute_model_hash or hash_module(self.model), examples, settings)
-        directory = reference.default_directory() if args.ref_logps_cache_dir is None else None
-        path = (directory or reference.Path(str(args.ref_logps_cache_dir))) / f"{key}.safetensors"
+        key = reference.content_key(self._precompute_model_hash or hash_module(model), examples, settings)
+        path = Path(args.ref_logps_cache_dir or reference.default_directory()) / f"{key}.safetensors"
         columns = reference.load(path, key, len(dataset))
         if columns is None:
             columns = self._run_reference(examples, name, batch_size)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
 
 _FORMAT = "preftree reference log-probabilities 1"
 
@@ -23,7 +24,7 @@ def content_key(model_hash: str, examples: Iterable[Mapping[str, Any]], settings
     Args:
         model_hash: hash of the reference's weights.
         examples: tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), in order.
-        settings: what else changes the values: truncation, weighting, precision, versions.
+        settings: what else changes the values: configuration, truncation, weighting, precision, versions.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps([_FORMAT, model_hash, dict(settings)], sort_keys=True).encode())
@@ -33,6 +34,15 @@ def content_key(model_hash: str, examples: Iterable[Mapping[str, Any]], settings
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(ids.numpy().tobytes())
     return digest.hexdigest()
+
+
+def arithmetic_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What of a model's configuration may change its numbers: all but its name and the versions it was written with."""
+    return {
+        name: value
+        for name, value in json.loads(config.to_json_string(use_diff=False)).items()
+        if name not in ("_name_or_path", "transformers_version")
+    }
 
 
 def load(path: Path, key: str, pairs: int) -> dict[str, torch.Tensor] | None:

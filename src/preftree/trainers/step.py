@@ -46,8 +46,7 @@ class MicroBatch:
         reference = None
         if "ref_chosen_logps" in inputs:
             reference = torch.stack((inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]), dim=1).flatten()
-        chosen_tokens = sum(int(row.scored_lengths[row.sequence_ids % 2 == 0].sum()) for row in rows)
-        return cls(rows, len(inputs["index"]), int(inputs["num_tokens"]), chosen_tokens, reference)
+        return cls(rows, len(inputs["index"]), inputs["num_tokens"], inputs["chosen_tokens"], reference)
 
     def record(self, row: PackedRow, **values: torch.Tensor) -> None:
         """Keep per-sequence values of a row, ``[n]`` each."""

@@ -1,0 +1,38 @@
+"""Two processes (gloo, DDP): the same as TRL's two, also where ranks need different numbers of rows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trl_runs import differences
+
+SCRIPT = Path(__file__).with_name("run_on_ranks.py")
+
+
+def two_ranks(kind, tmp_path, **settings):
+    out = tmp_path / f"{kind}.pt"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(SCRIPT), kind, json.dumps(settings), str(out)]
+    subprocess.run(command, check=True, timeout=300, cwd=SCRIPT.parent)
+    return torch.load(out)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "max_steps": -1, "num_train_epochs": 1},
+        {"loss_type": ["aot", "sft"], "gradient_checkpointing": True},
+    ],
+    ids=["accumulation", "two-passes"],
+)
+def test_two_ranks(model_path, tmp_path, settings):
+    settings = settings | {"model": model_path, "per_device_train_batch_size": 4}
+    theirs = two_ranks("trl", tmp_path, **settings)
+    ours = two_ranks("preftree", tmp_path, own={"row_length": 56}, **settings)
+    metrics, weights = differences(theirs, ours)
+    assert metrics <= 1e-5
+    assert weights <= 1e-5
+    assert ours["rows"]["rows"] > 3
