@@ -20,17 +20,19 @@ WINDOW = Rule(lambda b, h, q, k: (k <= q) & (k > q - 50), reach=50)
 
 
 def long_row(length, seed=0):
-    """A row of trees with runs of some hundred tokens, padded to ``length``."""
+    """A row of trees with runs of up to a few hundred tokens, padded to ``length``."""
     generator = torch.Generator().manual_seed(seed)
+
+    def integer(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def draw(size):
+        return torch.randint(0, 9, (size,), generator=generator).tolist()
+
     trees, used = [], 0
     while True:
-        prompt = torch.randint(
-            0, 9, (int(torch.randint(5, 200, (), generator=generator)),), generator=generator
-        ).tolist()
-        members = []
-        for branch in range(int(torch.randint(1, 4, (), generator=generator))):
-            size = int(torch.randint(3, 150, (), generator=generator))
-            members.append([*prompt, 10 + branch, *torch.randint(0, 9, (size,), generator=generator).tolist()])
+        prompt = draw(integer(5, min(length // 3, 200)))
+        members = [[*prompt, 10 + branch, *draw(integer(3, min(length // 5, 150)))] for branch in range(integer(1, 4))]
         tree = preftree.TokenTree.from_sequences(members, [len(prompt)] * len(members))
         if used + len(tree) > length:
             return preftree.pack(trees, length)[0].to("cuda") if trees else None
@@ -38,7 +40,7 @@ def long_row(length, seed=0):
         used += len(tree)
 
 
-@pytest.mark.parametrize("length", [129, 512, 1000, 2048])
+@pytest.mark.parametrize("length", [72, 129, 1000])
 @pytest.mark.parametrize("rule", [CAUSAL, WINDOW], ids=["causal", "window"])
 @pytest.mark.parametrize("special", ["plain", "grouped", "three-groups", "softcap", "sinks", "value-size"])
 def test_flex_agrees_with_dense(special, rule, length):

@@ -89,6 +89,8 @@ def bind(row: PackedRow, rule: Rule):
             block_mask=mask,
             scale=scores.scale,
             enable_gqa=grouped,
+            # Left to choose, it takes its decoding kernel for rows below 128 tokens, which has none for some shapes.
+            kernel_options={"BACKEND": "TRITON"},
             return_aux=AuxRequest(lse=True),
         )
         if scores.sinks is not None:
