@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import trl
 from conftest import word_tokenizer
 from preference_data import chat_pairs, dataset, text_pairs
 from transformers import AutoModelForCausalLM
@@ -110,6 +111,12 @@ def test_prompt_that_fills_max_length(model_path, tmp_path, caplog):
 def test_bad_settings(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         preftree.DPOConfig(output_dir=str(tmp_path), **(COMMON | settings))
+
+
+def test_bad_settings_of_trls_own_config(model_path, tmp_path):
+    args = trl.DPOConfig(str(tmp_path), **(COMMON | {"loss_type": "sigmod"}))
+    with pytest.raises(ValueError, match="unknown loss_type 'sigmod'"):
+        preftree.DPOTrainer(model_path, args=args, train_dataset=dataset(text_pairs(4)))
 
 
 def test_weights_that_are_not_finite(model_path, tmp_path):

@@ -37,12 +37,12 @@ def of_size(pairs, tokenizer, tmp_path, low, high):
     return dataset(fitting[: STEPS * PAIRS])
 
 
-def compare(theirs, model, data, row_length, rows, **settings):
+def compare(theirs, model, data, row_length, rows, noise=0.0, **settings):
     ours = train("preftree", model, data, own={"row_length": row_length}, **settings)
     assert ours.computed["rows"] == rows * STEPS
     metrics, parameters = differences(theirs, ours)
-    print(f"metrics {metrics:.1e}, parameters {parameters:.1e}")
-    assert metrics <= TOLERANCE[settings["optim"]]
+    print(f"metrics {metrics:.1e} (TRL against itself {noise:.1e}), parameters {parameters:.1e}")
+    assert metrics <= max(TOLERANCE[settings["optim"]], 2 * noise)
     assert parameters <= TOLERANCE[settings["optim"]]
 
 
@@ -109,8 +109,12 @@ def test_real_dialogues_on_smollm2(folder, optimizer, trees, rows):
 
 @REAL
 def test_real_chats_on_smollm2(folder):
-    """ShareGPT chats, cut at 200 tokens as TRL cuts them."""
+    """ShareGPT chats, cut at 200 tokens as TRL cuts them.
+
+    Log-probabilities of -300 round by more than 1e-5, TRL's own too: it is compared with itself when it pads more.
+    """
     settings = {"max_steps": STEPS, "optim": "sgd", "learning_rate": 1e-3, "beta": 0.1, "max_length": 200}
     settings["per_device_train_batch_size"] = 1
     theirs = by_trl(ultrafeedback_like, folder, **settings)
-    compare(theirs, smollm2(), ultrafeedback_like(folder), 400, 1, **settings)
+    noise, _ = differences(theirs, by_trl(ultrafeedback_like, folder, pad_to_multiple_of=64, **settings))
+    compare(theirs, smollm2(), ultrafeedback_like(folder), 400, 1, noise, **settings)

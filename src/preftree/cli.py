@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import trl
 from datasets import load_dataset
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
@@ -24,6 +26,8 @@ from preftree.trainers.collator import pair_tree
 from preftree.trainers.config import DPOConfig
 from preftree.trainers.dpo import DPOTrainer
 from preftree.version import __version__
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """\
 commands:
@@ -60,6 +64,8 @@ def _load_datasets(script: ScriptArguments, args: DPOConfig, mixture: Any, chat_
     """Training and held-out data (None without evaluation), from local files, the Hub, or TRL's mixtures."""
     evaluate = args.eval_strategy != "no"
     if mixture.datasets:
+        if script.dataset_name:
+            logger.warning("both `datasets` and `dataset_name` are given: `dataset_name` is ignored, as `trl dpo` does")
         splits = trl.get_dataset(mixture)
         return splits[script.dataset_train_split], splits[script.dataset_test_split] if evaluate else None
     if not script.dataset_name:
@@ -170,6 +176,11 @@ def run_dpo(argv: Sequence[str]) -> DPOTrainer | None:
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress())
+    if script.ignore_bias_buffers:  # DDP then leaves boolean buffers alone
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in buffers if buffer.dtype == torch.bool
+        ]
     if held_out is not None and args.eval_on_start is False and resume is None:
         args.eval_on_start = True  # held-out pairs before training, to compare with
     started = time.perf_counter()
@@ -203,7 +214,12 @@ def run_dpo(argv: Sequence[str]) -> DPOTrainer | None:
 
 
 def _train(argv: Sequence[str]) -> int:
-    return 130 if run_dpo(argv) is None else 0
+    trainer = run_dpo(argv)
+    if trainer is None:
+        return 130
+    if hasattr(trainer, "end"):  # transformers 5.18 and later: closes trackers and the process group
+        trainer.end()
+    return 0
 
 
 def _checkpoint(args: DPOConfig) -> str | None:

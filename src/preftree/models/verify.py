@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from preftree.models.prepare import PreparedModel
+from preftree.models.prepared import PreparedModel
 from preftree.packing import pack
 from preftree.tree import TokenTree
 

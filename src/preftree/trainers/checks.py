@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset, IterableDataset
+from transformers import AutoConfig
 
 from preftree.trainers.collator import pair_tree
 
@@ -266,3 +268,13 @@ def check_weights(model: torch.nn.Module, name: str) -> None:
             continue
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise ValueError(f"{name}: parameter {parameter_name!r} holds NaN or infinity: the weights are damaged")
+
+
+def vocabulary_of(model: Any, args: trl.DPOConfig) -> int:
+    """Token ids that the model has an embedding for (of a model still to be loaded: by its config)."""
+    if not isinstance(model, str):
+        return model.get_input_embeddings().num_embeddings
+    loading: Any = args.model_init_kwargs or {}
+    named = {name: loading[name] for name in ("revision", "gguf_file", "subfolder", "token") if name in loading}
+    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **named)
+    return config.get_text_config().vocab_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import trl
 
@@ -53,6 +53,10 @@ class DPOConfig(trl.DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ValueError` for a setting that preftree does not know."""
         for loss_type in self.loss_type:
             if loss_type not in DPO_LOSSES:
                 raise ValueError(f"unknown loss_type {loss_type!r}: choose from {', '.join(sorted(DPO_LOSSES))}")
@@ -64,3 +68,12 @@ class DPOConfig(trl.DPOConfig):
             raise ValueError(
                 f"unknown attention_backend {self.attention_backend!r}: choose from auto, {', '.join(BACKENDS)}"
             )
+
+
+def upgrade(args: trl.DPOConfig) -> DPOConfig:
+    """TRL's own config, for users who change only the trainer's import: ours with the defaults of our fields."""
+    config = DPOConfig.__new__(DPOConfig)
+    vars(config).update({own.name: own.default for own in fields(DPOConfig) if not hasattr(args, own.name)})
+    vars(config).update(vars(args))
+    config.check()
+    return config

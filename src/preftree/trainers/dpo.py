@@ -7,7 +7,6 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import trl
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, hash_module, use_adapter
 
@@ -26,9 +25,9 @@ from preftree.models.refusals import active_dropout, disable_dropout
 from preftree.objectives import DPO_LOSSES, MIXING, DPOOptions, load_balancing
 from preftree.packing import PackedRow, empty_row
 from preftree.trainers import reference
-from preftree.trainers.checks import PairCheck, check_columns, check_weights, prepare_pairs
+from preftree.trainers.checks import PairCheck, check_columns, check_weights, prepare_pairs, vocabulary_of
 from preftree.trainers.collator import TreeCollator
-from preftree.trainers.config import DPOConfig
+from preftree.trainers.config import DPOConfig, upgrade
 from preftree.trainers.step import (
     Gradient,
     MicroBatch,
@@ -64,7 +63,7 @@ class DPOTrainer(trl.DPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
         elif not isinstance(args, DPOConfig):
-            args = _upgrade(args)
+            args = upgrade(args)
         if args.neftune_noise_alpha is not None:
             raise NotImplementedError(
                 f"neftune_noise_alpha={args.neftune_noise_alpha}: a shared prefix would get one noise where separate "
@@ -76,7 +75,7 @@ class DPOTrainer(trl.DPOTrainer):
         if train_dataset is not None and (sample := next(iter(train_dataset), None)) is not None:
             check_columns(sample, "train dataset")
         # TRL's constructor already computes reference log-probabilities, so what that needs is set before it runs.
-        self._vocabulary = _vocabulary_of(model, args)
+        self._vocabulary = vocabulary_of(model, args)
         self._user_collator = data_collator is not None
         self._batch: MicroBatch | None = None
         # What training has computed so far on this rank: pairs, rows, row_tokens (padding included), tokens, and
@@ -395,21 +394,3 @@ class DPOTrainer(trl.DPOTrainer):
             return super().floating_point_ops(inputs)
         model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
         return 6 * sum(row.num_tokens for row in inputs["rows"]) * model.num_parameters(exclude_embeddings=True)
-
-
-def _upgrade(args: trl.DPOConfig) -> DPOConfig:
-    """TRL's own config, for users who change only the trainer's import: ours with the defaults of our fields."""
-    config = DPOConfig.__new__(DPOConfig)
-    vars(config).update({own.name: own.default for own in fields(DPOConfig) if not hasattr(args, own.name)})
-    vars(config).update(vars(args))
-    return config
-
-
-def _vocabulary_of(model: Any, args: trl.DPOConfig) -> int:
-    """Token ids that the model has an embedding for (of a model still to be loaded: by its config)."""
-    if not isinstance(model, str):
-        return model.get_input_embeddings().num_embeddings
-    loading: Any = args.model_init_kwargs or {}
-    named = {name: loading[name] for name in ("revision", "gguf_file", "subfolder", "token") if name in loading}
-    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **named)
-    return config.get_text_config().vocab_size
