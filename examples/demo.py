@@ -34,7 +34,7 @@ def check(history: list[dict[str, float]]) -> list[str]:
     return failed
 
 
-def seconds_a_pair(trainer: DPOTrainer, batches: int = 2) -> tuple[float, float]:
+def seconds_a_pair(trainer: DPOTrainer, batches: int = 3) -> tuple[float, float]:
     """Forward and backward passes (reference included) with and without sharing, in turn on the same pairs."""
     size = trainer.args.per_device_train_batch_size
     spent = {True: 0.0, False: 0.0}
