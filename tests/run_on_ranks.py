@@ -11,5 +11,10 @@ from trl_runs import end_of, train
 if __name__ == "__main__":
     kind, settings, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
     trainer = train(kind, settings.pop("model"), dataset(text_pairs(23)), **settings)
+    rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0])
+    rows_of_ranks = trainer.accelerator.gather(rows).tolist()
     if trainer.accelerator.is_main_process:
-        torch.save(end_of(trainer) | {"rows": dict(getattr(trainer, "computed", {}))}, out)
+        torch.save(end_of(trainer) | {"rows": rows_of_ranks}, out)
+    # Ranks that leave one after the other abort now and then.
+    trainer.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()

@@ -70,6 +70,14 @@ def test_pair_longer_than_the_row(model_path, tmp_path):
     cut.train()
 
 
+@pytest.mark.parametrize("limit", [{"row_length": 60, "overlong": "drop"}, {"max_length": 31}], ids=["row", "prompt"])
+def test_streamed_pair_that_is_too_long_is_left_out(model_path, tmp_path, limit):
+    args = preftree.DPOConfig(output_dir=str(tmp_path), **(COMMON | limit))
+    stream = dataset(with_row(prompt="the dog " * 30)).to_iterable_dataset()
+    trainer = preftree.DPOTrainer(model_path, args=args, train_dataset=stream, processing_class=word_tokenizer())
+    assert [len(example["prompt_ids"]) < 60 for example in trainer.train_dataset] == [True] * 3
+
+
 def test_pair_longer_than_the_row_when_nothing_is_shared(model_path, tmp_path):
     pairs = with_row(prompt="the dog " * 20)
     assert len(make(model_path, pairs, tmp_path, row_length=80).train_dataset) == 4

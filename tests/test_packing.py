@@ -80,6 +80,14 @@ def test_fill_of_rows_on_log_normal_lengths():
     assert sum(fills[:-1]) / len(fills[:-1]) >= 0.97
 
 
+def test_best_fit_decreasing_by_hand():
+    """In the order given, best fit would need four rows: (2, 2), (2, 5), (5), (5)."""
+    sizes = [2, 2, 2, 5, 5, 5, 1]
+    trees = [preftree.TokenTree.from_sequences([list(range(size))], [0]) for size in sizes]
+    rows = preftree.pack(trees, 8)
+    assert sorted(row.sequence_ids.tolist() for row in rows) == [[0, 3, 6], [1, 4], [2, 5]]
+
+
 def test_a_tree_that_does_not_fit_is_named():
     trees, _, _ = random_trees(3)
     longest = max(range(3), key=lambda i: len(trees[i]))

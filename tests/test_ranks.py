@@ -31,8 +31,10 @@ def two_ranks(kind, tmp_path, **settings):
 def test_two_ranks(model_path, tmp_path, settings):
     settings = settings | {"model": model_path, "per_device_train_batch_size": 4}
     theirs = two_ranks("trl", tmp_path, **settings)
-    ours = two_ranks("preftree", tmp_path, own={"row_length": 56}, **settings)
+    ours = two_ranks("preftree", tmp_path, own={"row_length": 64}, **settings)
     metrics, weights = differences(theirs, ours)
     assert metrics <= 1e-5
     assert weights <= 1e-5
-    assert ours["rows"]["rows"] > 3
+    # Collectives inside the model (FSDP) want as many forward passes on every rank.
+    first, second = ours["rows"]
+    assert first == second > 3
