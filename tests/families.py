@@ -37,6 +37,14 @@ _GPT2 = {
     "attn_pdrop": 0.0,
 }
 
+_LLAMA4 = {
+    "head_dim": 8,
+    "num_local_experts": 2,
+    "intermediate_size_mlp": 48,
+    "no_rope_layers": [1, 0, 1],
+    "attention_chunk_size": 8,
+}
+
 # name: (family prefix of the transformers classes, settings on top of _SIZE)
 EXACT: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {}),
@@ -103,17 +111,7 @@ EXACT: dict[str, tuple[str, dict]] = {
             "v_head_dim": 12,
         },
     ),
-    "llama4-chunks": (
-        "Llama4",
-        {
-            "head_dim": 8,
-            "num_local_experts": 2,
-            "intermediate_size_mlp": 48,
-            "no_rope_layers": [1, 0, 1],
-            "attention_chunk_size": 8,
-            "attn_temperature_tuning": False,
-        },
-    ),
+    "llama4-chunks": ("Llama4", _LLAMA4 | {"attn_temperature_tuning": False}),
     "granite": ("Granite", {"logits_scaling": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5}),
     "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
@@ -162,17 +160,7 @@ REFUSED: dict[str, tuple[str, dict, str]] = {
         "linear_attention",
     ),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "conv"),
-    "llama4-temperature": (
-        "Llama4",
-        {
-            "head_dim": 8,
-            "num_local_experts": 2,
-            "intermediate_size_mlp": 48,
-            "no_rope_layers": [1, 0, 1],
-            "attention_chunk_size": 8,
-        },
-        "attn_temperature_tuning",
-    ),
+    "llama4-temperature": ("Llama4", _LLAMA4, "attn_temperature_tuning"),
     "bert-encoder": ("Bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "not causal"),
 }
 _HEADS = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel"}

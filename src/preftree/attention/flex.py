@@ -12,8 +12,6 @@ from preftree.attention.scores import Scores, repeat_heads
 from preftree.packing import PackedRow
 
 BLOCK = 128
-
-
 # Kernels that may be compiled: one for each row length, kind of mask and kind of scores that occurs. Dynamo's own limit
 # of 8 would end in an uncompiled attention that writes all scores out.
 _MOST_KERNELS = 512

@@ -367,13 +367,15 @@ class DPOTrainer(trl.DPOTrainer):
         self.computed["unshared_tokens"] += batch.num_tokens
 
     def _log_metrics(self, batch: MicroBatch, mode: str) -> None:
-        values = metrics(batch, self.beta, self.accelerator.gather, self.args.device)
-        counted = values.pop("num_tokens")
-        if mode == "train":
-            self._total_train_tokens += counted // self._tp_size
-        for name, value in values.items():
+        for name, value in metrics(batch, self.beta, self.accelerator.gather).items():
             self._metrics[mode][name].append(value)
+        if mode == "train":
+            self._total_train_tokens += self._over_ranks(batch.num_tokens) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _over_ranks(self, count: int) -> int:
+        """Sum of a number over all ranks."""
+        return int(self.accelerator.gather(torch.tensor([count], device=self.args.device)).sum())
 
     def _track_num_input_tokens(self, inputs) -> None:
         """`include_num_input_tokens_seen`: the tokens of TRL's padded batch, or ("non_padding") of its sequences."""
@@ -384,8 +386,7 @@ class DPOTrainer(trl.DPOTrainer):
             longest = max(int(row.sequence_lengths.max()) for row in inputs["rows"])
             multiple = getattr(self._padded, "pad_to_multiple_of", None) or 1
             count = 2 * len(inputs["index"]) * -(-longest // multiple) * multiple
-        counts = self.accelerator.gather(torch.tensor([count], device=self.args.device))
-        self.state.num_input_tokens_seen += int(counts.sum())
+        self.state.num_input_tokens_seen += self._over_ranks(count)
         return None
 
     def floating_point_ops(self, inputs) -> int:

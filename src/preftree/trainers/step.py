@@ -182,16 +182,11 @@ def pairs_of(batch: MicroBatch, terms: Terms) -> Pairs:
     )
 
 
-def metrics(
-    batch: MicroBatch, beta: float, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device
-) -> dict[str, float]:
+def metrics(batch: MicroBatch, beta: float, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
     """TRL's metrics of one micro-batch, from its whole record: they do not depend on how it was cut into rows.
 
     Args:
         gather: collects tensors of all ranks along their first dimension.
-
-    Returns:
-        The metrics by TRL's names; ``num_tokens`` is this micro-batch's own number.
     """
     chosen, rejected = batch.by_side("logps")
     ref_chosen, ref_rejected = batch.by_side("ref")
@@ -201,7 +196,6 @@ def metrics(
     tokens, entropy, mean_logits, top1 = gather(torch.stack(sums)[None]).sum(0)
     result = {
         "entropy": _ratio(entropy.sum(), tokens.sum()),
-        "num_tokens": gather(torch.tensor([batch.num_tokens], device=device)).sum().item(),
         "logits/chosen": _ratio(mean_logits[0], tokens[0]),
         "logits/rejected": _ratio(mean_logits[1], tokens[1]),
         "mean_token_accuracy": _ratio(top1[0], tokens[0]),
