@@ -6,13 +6,13 @@ import argparse
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from smollm2 import smollm2
 
 from preftree import DPOTrainer, cli
-from preftree.trainers.collator import TreeCollator
 
 HERE = Path(__file__).parent
 
@@ -41,7 +41,7 @@ def seconds_a_pair(trainer: DPOTrainer, batches: int = 3) -> tuple[float, float]
     for number in range(batches):
         pairs = [trainer.train_dataset[i] for i in range(number * size, (number + 1) * size)]
         for share in spent:
-            collator = TreeCollator(trainer._tokenizer.pad_token_id, trainer.args.max_length, share_prefixes=share)
+            collator = replace(trainer._trees, share_prefixes=share)
             started = time.perf_counter()
             trainer.training_step(trainer.model, collator(pairs))
             spent[share] += time.perf_counter() - started
@@ -63,13 +63,13 @@ def main() -> int:
     if status := cli.main(["plan", *recipe, "--draw", str(arguments.output_dir / "plan.png")]):
         return status
     print("== preftree dpo", flush=True)
-    trainer = cli.run_dpo(recipe)
+    trainer = cli.run("dpo", recipe)
     if trainer is None:
         return 130
     failed = check(trainer.state.log_history)
     computed = trainer.computed.copy()
     with_sharing, without = seconds_a_pair(trainer)
-    pairs = computed["pairs"]
+    pairs = computed["examples"]
     print(f"\n== {time.perf_counter() - started:.0f} s in all, {torch.get_num_threads()} threads")
     for failure in failed:
         print(f"FAILED: {failure}")

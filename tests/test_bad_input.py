@@ -55,12 +55,12 @@ def test_token_outside_the_vocabulary(model_path, tmp_path):
 
 def test_equal_responses_are_counted(model_path, tmp_path, caplog):
     make(model_path, with_row(chosen="a cat", rejected="a cat"), tmp_path)
-    assert "in 1 pairs chosen and rejected are equal" in caplog.text
+    assert "chosen and rejected are equal in 1 examples" in caplog.text
 
 
 def test_pair_longer_than_the_row(model_path, tmp_path):
     pairs = with_row(prompt="the dog " * 30)
-    with pytest.raises(ValueError, match=r"row 2: the pair's \d+ tokens do not fit into row_length=60.*overlong"):
+    with pytest.raises(ValueError, match=r"row 2: its \d+ tokens do not fit into row_length=60.*overlong"):
         make(model_path, pairs, tmp_path, row_length=60)
     dropped = make(model_path, pairs, tmp_path, row_length=60, overlong="drop")
     assert len(dropped.train_dataset) == 3
@@ -81,7 +81,7 @@ def test_streamed_pair_that_is_too_long_is_left_out(model_path, tmp_path, limit)
 def test_pair_longer_than_the_row_when_nothing_is_shared(model_path, tmp_path):
     pairs = with_row(prompt="the dog " * 20)
     assert len(make(model_path, pairs, tmp_path, row_length=80).train_dataset) == 4
-    with pytest.raises(ValueError, match=r"row 2: the pair's \d+ tokens do not fit into row_length=80"):
+    with pytest.raises(ValueError, match=r"row 2: its \d+ tokens do not fit into row_length=80"):
         make(model_path, pairs, tmp_path, row_length=80, share_prefixes=False)
 
 
@@ -98,7 +98,7 @@ def test_prompt_that_fills_max_length(model_path, tmp_path, caplog):
     for overlong in (None, "truncate"):
         caplog.clear()
         assert len(make(model_path, pairs, tmp_path, max_length=60, overlong=overlong).train_dataset) == 3
-        assert "in 1 pairs the prompt alone fills max_length=60" in caplog.text
+        assert "in 1 examples the prompt alone fills max_length=60" in caplog.text
     assert len(make(model_path, pairs, tmp_path, max_length=60, overlong="drop").train_dataset) == 3
     with pytest.raises(ValueError, match=r"row 2: \d+ tokens are more than max_length=60"):
         make(model_path, pairs, tmp_path, max_length=60, overlong="error")

@@ -15,7 +15,6 @@ from trl_runs import differences, end_of, train
 
 from preftree import DPOConfig, DPOTrainer
 from preftree.data import load_pairs
-from preftree.trainers.collator import pair_tree
 
 pytestmark = pytest.mark.convergence
 
@@ -31,7 +30,7 @@ def of_size(pairs, tokenizer, tmp_path, low, high):
     """As many pairs as the steps take whose trees have more than ``low`` and at most ``high`` tokens."""
     args = DPOConfig(str(tmp_path), max_length=None, bf16=False, use_cpu=True)
     tokenised = DPOTrainer.tokenize(dataset(pairs), tokenizer, args, len(tokenizer))
-    sizes = [len(pair_tree(example, None, "keep_start")) for example in tokenised]
+    sizes = [len(DPOTrainer.layout(args).group(example).tree()) for example in tokenised]
     fitting = [pair for pair, size in zip(pairs, sizes, strict=True) if low < size <= high]
     assert len(fitting) >= STEPS * PAIRS
     return dataset(fitting[: STEPS * PAIRS])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import tempfile
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 import trl
@@ -28,17 +32,37 @@ COMMON = {
 _TIMES = ("runtime", "per_second", "total_flos", "epoch")
 
 
-def train(kind: str, model, train_dataset, own: dict | None = None, trainer_args: dict | None = None, **settings):
+def classes(kind: str, method: str):
+    """Config and trainer of "trl" or "preftree" for a method: "DPO", "ORPO", "CPO", "TPO", "KTO" or "Reward"."""
+    home = preftree if kind == "preftree" else trl
+    if kind == "trl" and method in ("ORPO", "CPO", "TPO"):
+        home = importlib.import_module(f"trl.experimental.{method.lower()}")
+    return getattr(home, f"{method}Config"), getattr(home, f"{method}Trainer")
+
+
+def train(
+    kind: str,
+    model,
+    train_dataset,
+    own: dict | None = None,
+    trainer_args: dict | None = None,
+    method: str = "DPO",
+    **settings,
+):
     """Train with "trl" or "preftree"; ``own`` are preftree's own settings, ``settings`` those of both."""
-    config, trainer_class = (
-        (trl.DPOConfig, trl.DPOTrainer) if kind == "trl" else (preftree.DPOConfig, preftree.DPOTrainer)
-    )
-    extra = (own or {}) if kind == "preftree" else {}
-    args = config(output_dir=tempfile.mkdtemp(), **(COMMON | settings | extra))
-    made = {name: value() if name == "peft_config" else value for name, value in (trainer_args or {}).items()}
-    trainer = trainer_class(model() if callable(model) else model, args=args, train_dataset=train_dataset, **made)
+    trainer = construct(kind, model, train_dataset, own, trainer_args, method, **settings)
     trainer.train()
     return trainer
+
+
+def construct(kind, model, train_dataset, own=None, trainer_args=None, method="DPO", **settings):
+    """A trainer as `train` takes it."""
+    config, trainer_class = classes(kind, method)
+    extra = (own or {}) if kind == "preftree" else {}
+    common = {name: value for name, value in COMMON.items() if name != "beta" or method != "Reward"}
+    args = config(output_dir=tempfile.mkdtemp(), **(common | settings | extra))
+    made = {name: value() if name == "peft_config" else value for name, value in (trainer_args or {}).items()}
+    return trainer_class(model() if callable(model) else model, args=args, train_dataset=train_dataset, **made)
 
 
 def end_of(trainer) -> dict:
@@ -47,10 +71,11 @@ def end_of(trainer) -> dict:
     return {"history": trainer.state.log_history, "weights": weights}
 
 
-def differences(one, other) -> tuple[float, float]:
+def differences(one, other, except_for: tuple[str, ...] = ()) -> tuple[float, float]:
     """Largest difference of any logged metric (relative above 1), and of any parameter relative to its largest entry.
 
-    Takes trainers or what `end_of` gives; fails if the two have not logged the same metrics at the same steps.
+    Takes trainers or what `end_of` gives; fails if the two have not logged the same metrics at the same steps. Metrics whose
+    name holds one of ``except_for`` are not compared.
     """
     one, other = (run if isinstance(run, dict) else end_of(run) for run in (one, other))
     metrics = 0.0
@@ -58,7 +83,7 @@ def differences(one, other) -> tuple[float, float]:
     for left, right in zip(one["history"], other["history"], strict=True):
         assert set(left) == set(right), set(left) ^ set(right)
         for name, value in left.items():
-            if not any(time in name for time in _TIMES):
+            if not any(part in name for part in (*_TIMES, *except_for)):
                 metrics = max(metrics, abs(value - right[name]) / max(1.0, abs(value)))
     assert one["weights"].keys() == other["weights"].keys()
     parameters = 0.0

@@ -5,26 +5,45 @@ from typing import TYPE_CHECKING, Any
 from preftree.logprobs import SequenceLogps, sequence_logps
 from preftree.models import prepare_model
 from preftree.packing import PackedRow, pack
+from preftree.rewards import sequence_rewards
 from preftree.tree import TokenTree
 from preftree.version import __version__
 
 if TYPE_CHECKING:
-    from preftree.trainers.config import DPOConfig
+    from preftree.trainers.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig, TPOConfig
+    from preftree.trainers.cpo import CPOTrainer
     from preftree.trainers.dpo import DPOTrainer
+    from preftree.trainers.kto import KTOTrainer
+    from preftree.trainers.orpo import ORPOTrainer
+    from preftree.trainers.reward import RewardTrainer
+    from preftree.trainers.tpo import TPOTrainer
 
 # The trainers bring TRL with them, which takes seconds to import: only for those who ask.
-_TRAINERS = {"DPOConfig": "preftree.trainers.config", "DPOTrainer": "preftree.trainers.dpo"}
+_METHODS = ("DPO", "ORPO", "CPO", "TPO", "KTO", "Reward")
+_TRAINERS = {f"{method}Config": "preftree.trainers.config" for method in _METHODS}
+_TRAINERS |= {f"{method}Trainer": f"preftree.trainers.{method.lower()}" for method in _METHODS}
 
 __all__ = [
+    "CPOConfig",
+    "CPOTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
+    "ORPOConfig",
+    "ORPOTrainer",
     "PackedRow",
+    "RewardConfig",
+    "RewardTrainer",
     "SequenceLogps",
+    "TPOConfig",
+    "TPOTrainer",
     "TokenTree",
     "__version__",
     "pack",
     "prepare_model",
     "sequence_logps",
+    "sequence_rewards",
 ]
 
 

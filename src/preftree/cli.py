@@ -1,4 +1,4 @@
-"""The command line: `preftree dpo` trains as `trl dpo` does, `preftree plan` says what sharing would save."""
+"""The command line: `preftree dpo` trains as `trl dpo` does, and so on; `preftree plan` says what sharing would save."""
 
 from __future__ import annotations
 
@@ -22,20 +22,46 @@ from transformers.trainer_utils import get_last_checkpoint
 from preftree import data, plan, report
 from preftree.packing import pack
 from preftree.plot import draw_lengths, lengths_as_text
-from preftree.trainers.collator import pair_tree
-from preftree.trainers.config import DPOConfig
+from preftree.trainers.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig, TPOConfig
+from preftree.trainers.cpo import CPOTrainer
 from preftree.trainers.dpo import DPOTrainer
+from preftree.trainers.kto import KTOTrainer
+from preftree.trainers.orpo import ORPOTrainer
+from preftree.trainers.reward import RewardTrainer
+from preftree.trainers.tpo import TPOTrainer
 from preftree.version import __version__
 
 logger = logging.getLogger(__name__)
 
 EPILOG = """\
 commands:
-  dpo    train on preference pairs; takes what `trl dpo` takes, by the same names
-  plan   read the same recipe and say what sharing prefixes saves on its data; loads no weights
+  dpo, orpo, cpo, simpo, tpo, kto, reward
+         train by that method; takes what TRL's trainer takes, by the same names (`simpo` is `cpo` with --loss_type simpo
+         --cpo_alpha 0)
+  plan   read a recipe for dpo and say what sharing prefixes saves on its data; loads no weights
 
-Both take --config recipe.yaml, and every field also as a flag. `preftree dpo --help` lists them.
+All take --config recipe.yaml, and every field also as a flag. `preftree dpo --help` lists them.
 """
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training method of the command line; ``defaults`` differ from the config's own."""
+
+    trainer: type[Any]
+    config: type[Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    "dpo": Method(DPOTrainer, DPOConfig),
+    "orpo": Method(ORPOTrainer, ORPOConfig),
+    "cpo": Method(CPOTrainer, CPOConfig),
+    "simpo": Method(CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0}),
+    "tpo": Method(TPOTrainer, TPOConfig),
+    "kto": Method(KTOTrainer, KTOConfig),
+    "reward": Method(RewardTrainer, RewardConfig),
+}
 
 
 @dataclass
@@ -46,21 +72,35 @@ class ScriptArguments(trl.ScriptArguments):
         default=None,
         metadata={"help": "Held-out data: a local file, or a data set's name (its `dataset_test_split`)."},
     )
+
+
+@dataclass
+class TemplateArguments(ScriptArguments):
+    """For methods whose config has no chat template of its own."""
+
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A Jinja chat template for a tokenizer that has none (or another one)."}
     )
+
+
+@dataclass
+class PlanArguments(TemplateArguments):
+    """What `preftree plan` takes beyond."""
+
     draw: str | None = field(
         default=None,
-        metadata={"help": "For `preftree plan`: where to write a picture of lengths and a packed row (PNG)."},
+        metadata={"help": "Where to write a picture of lengths and a packed row (PNG)."},
     )
 
 
-def _parser(prog: str) -> trl.TrlParser:
-    kinds: Any = (ScriptArguments, DPOConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
-    return trl.TrlParser(kinds, prog=prog)
+def _parse(command: str, script: type[Any], method: Method, argv: Sequence[str]) -> Any:
+    kinds: Any = (script, method.config, trl.ModelConfig, trl.DatasetMixtureConfig)
+    parser = trl.TrlParser(kinds, prog=f"preftree {command}")
+    parser.set_defaults(**method.defaults)
+    return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
 
 
-def _load_datasets(script: ScriptArguments, args: DPOConfig, mixture: Any, chat_template: bool) -> tuple[Any, Any]:
+def _load_datasets(script: Any, args: Any, mixture: Any, chat_template: bool, method: Method) -> tuple[Any, Any]:
     """Training and held-out data (None without evaluation), from local files, the Hub, or TRL's mixtures."""
     evaluate = args.eval_strategy != "no"
     if mixture.datasets:
@@ -78,7 +118,8 @@ def _load_datasets(script: ScriptArguments, args: DPOConfig, mixture: Any, chat_
         path = next(iter(files.values())) if only and len(files) == 1 else files.get(split)
         if path is None:
             raise ValueError(f"{name}: there is no file for split {split!r} (found: {', '.join(files)})")
-        dataset = data.load_pairs(path, chat_template)
+        ties = getattr(args, "ties", "error")
+        dataset = data.load_pairs(path, chat_template, method.trainer.text_fields, ties)
         return dataset.to_iterable_dataset() if script.dataset_streaming else dataset
 
     train = load(script.dataset_name, script.dataset_train_split, only=True)
@@ -89,14 +130,15 @@ def _load_datasets(script: ScriptArguments, args: DPOConfig, mixture: Any, chat_
     return train, load(script.dataset_name, script.dataset_test_split, only=False)
 
 
-def _tokenizer(script: ScriptArguments, args: DPOConfig, model_args: trl.ModelConfig) -> Any:
+def _tokenizer(script: Any, args: Any, model_args: trl.ModelConfig) -> Any:
     if not model_args.model_name_or_path:
         raise ValueError("no model: give --model_name_or_path")
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    if script.chat_template_path:
-        tokenizer.chat_template = Path(script.chat_template_path).read_text(encoding="utf-8")
+    path = getattr(script, "chat_template_path", None) or getattr(args, "chat_template_path", None)
+    if path and Path(path).is_file():
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -143,13 +185,18 @@ class _Interrupt(TrainerCallback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run_dpo(argv: Sequence[str]) -> DPOTrainer | None:
+def run(command: str, argv: Sequence[str]) -> Any:
     """Train as the arguments say, save model, tokenizer and report; the trainer, or None if it was interrupted.
+
+    Args:
+        command: one of `METHODS`.
 
     Raises:
         ValueError, NotImplementedError, OSError: for bad input, before training.
     """
-    script, args, model_args, mixture = _parser("preftree dpo").parse_args_and_config(argv, fail_with_unknown_args=True)
+    method = METHODS[command]
+    kind = ScriptArguments if method.config is RewardConfig else TemplateArguments
+    script, args, model_args, mixture = _parse(command, kind, method, argv)
     if model_args.model_name_or_path is None:
         raise ValueError("no model: give --model_name_or_path")
     # What the model is loaded with, as `trl dpo` passes it on; the recipe's own model_init_kwargs win.
@@ -160,18 +207,19 @@ def run_dpo(argv: Sequence[str]) -> DPOTrainer | None:
     }
     args.model_init_kwargs = loading | (args.model_init_kwargs or {})
     tokenizer = _tokenizer(script, args, model_args)
-    train, held_out = _load_datasets(script, args, mixture, tokenizer.chat_template is not None)
+    train, held_out = _load_datasets(script, args, mixture, tokenizer.chat_template is not None, method)
     resume = _checkpoint(args)
     interrupt = _Interrupt()
-    trainer = DPOTrainer(
+    quantization = trl.get_quantization_config(model_args)
+    trainer = method.trainer(
         model=model_args.model_name_or_path,
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        quantization_config=trl.get_quantization_config(model_args),
         peft_config=trl.get_peft_config(model_args),
         callbacks=[interrupt],
+        **({} if quantization is None else {"quantization_config": quantization}),
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -193,12 +241,12 @@ def run_dpo(argv: Sequence[str]) -> DPOTrainer | None:
     trainer.save_model(args.output_dir)
     if trainer.accelerator.is_main_process:
         settings = {
+            "method": command,
             "model": model_args.model_name_or_path,
             "data": script.dataset_name,
-            "loss_type": ", ".join(args.loss_type),
-            "beta": args.beta,
+            **{name: getattr(args, name) for name in ("loss_type", "beta") if hasattr(args, name)},
             "learning_rate": args.learning_rate,
-            "pairs a micro-batch": args.per_device_train_batch_size,
+            "examples a micro-batch": args.per_device_train_batch_size,
             "accumulation": args.gradient_accumulation_steps,
             "row_length": args.row_length,
             "share_prefixes": args.share_prefixes,
@@ -213,8 +261,8 @@ def run_dpo(argv: Sequence[str]) -> DPOTrainer | None:
     return trainer
 
 
-def _train(argv: Sequence[str]) -> int:
-    trainer = run_dpo(argv)
+def _train(command: str, argv: Sequence[str]) -> int:
+    trainer = run(command, argv)
     if trainer is None:
         return 130
     if hasattr(trainer, "end"):  # transformers 5.18 and later: closes trackers and the process group
@@ -222,7 +270,7 @@ def _train(argv: Sequence[str]) -> int:
     return 0
 
 
-def _checkpoint(args: DPOConfig) -> str | None:
+def _checkpoint(args: Any) -> str | None:
     """The checkpoint to resume from; "true" means the last one in output_dir."""
     asked = args.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("", "false", "none"):
@@ -237,18 +285,18 @@ def _checkpoint(args: DPOConfig) -> str | None:
     return last
 
 
-def _plan(argv: Sequence[str]) -> int:
-    script, args, model_args, mixture = _parser("preftree plan").parse_args_and_config(
-        argv, fail_with_unknown_args=True
-    )
+def _plan(command: str, argv: Sequence[str]) -> int:
+    method = METHODS["dpo"]
+    script, args, model_args, mixture = _parse(command, PlanArguments, method, argv)
     tokenizer = _tokenizer(script, args, model_args)
     config = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    train, _ = _load_datasets(script, args, mixture, tokenizer.chat_template is not None)
+    train, _ = _load_datasets(script, args, mixture, tokenizer.chat_template is not None, method)
     row_length, args.row_length = args.row_length, None
     dataset = DPOTrainer.tokenize(train, tokenizer, args, config.get_text_config().vocab_size)
-    trees = [pair_tree(example, args.max_length, args.truncation_mode) for example in dataset]
+    layout = DPOTrainer.layout(args)
+    trees = [layout.group(example).tree() for example in dataset]
     result = plan.make_plan(trees, args.per_device_train_batch_size, row_length, plan.ModelCost.from_config(config))
     for name, value in plan.describe(result):
         print(f"{name:<28} {value}")
@@ -262,7 +310,7 @@ def _plan(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"dpo": _train, "plan": _plan}
+COMMANDS = {**dict.fromkeys(METHODS, _train), "plan": _plan}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -278,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(arguments[:1]).command
     try:
-        return COMMANDS[command](arguments[1:])
+        return COMMANDS[command](command, arguments[1:])
     except (ValueError, NotImplementedError, OSError) as error:
         print(f"preftree {command}: {error}", file=sys.stderr)
         return 2

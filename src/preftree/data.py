@@ -6,17 +6,18 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetInfo
 
-from preftree.trainers.checks import check_columns, check_example
+from preftree.trainers.checks import PAIR_FIELDS, check_columns, check_example
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-# What a trainer of pairs reads; other columns are left out, whatever they hold.
-COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "image", "images")
+# What trainers read besides text; other columns are left out, whatever they hold.
+COLUMNS = ("completions", "scores", "ranks", "label", "margin", "tools", "chat_template_kwargs", "image", "images")
+_TEXT = ("prompt", "chosen", "rejected", "reference", "completion")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -46,16 +47,30 @@ def find_files(name: str) -> dict[str, Path]:
     return {"train": path}
 
 
-def load_pairs(path: Path | str, chat_template: bool = True) -> Dataset:
-    """Read and check a file of preference pairs.
+TextFields = Callable[[Iterable[str], str], tuple[str, ...]]
 
-    A row holds ``chosen`` and ``rejected``, with or without ``prompt``: strings, or chats as lists of messages
-    ``{"role", "content"}``. ShareGPT's form (``conversations``, messages ``{"from", "value"}``) is turned into chats.
+
+def pair_fields(columns: Iterable[str], source: str) -> tuple[str, ...]:
+    """Fields of pairs (see `TreeTrainer.text_fields`)."""
+    check_columns(columns, source)
+    return PAIR_FIELDS
+
+
+def load_pairs(
+    path: Path | str, chat_template: bool = True, text_fields: TextFields = pair_fields, ties: str = "error"
+) -> Dataset:
+    """Read and check a file of preference data.
+
+    A row of pairs holds ``chosen`` and ``rejected``, with or without ``prompt``: strings, or chats as lists of messages
+    ``{"role", "content"}``. A ranked row holds ``prompt``, ``completions`` and ``scores`` or ``ranks``; other trainers'
+    rows what `text_fields` says. ShareGPT's form (``conversations``, messages ``{"from", "value"}``) is turned into chats.
     Suffixes: .jsonl, .json (a list of rows), .csv, .parquet, the first three also with .gz.
 
     Args:
         path: the file.
         chat_template: whether the tokenizer can take chats.
+        text_fields: from the columns, the fields beside the prompt that hold text or messages; a trainer's `text_fields`.
+        ties: see `RankedArguments`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -71,13 +86,15 @@ def load_pairs(path: Path | str, chat_template: bool = True) -> Dataset:
         raise ValueError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
     rows: list[dict[str, Any]] = []
     kinds: dict[str, type] = {}
+    fields: tuple[str, ...] = ()
     for where, row in reader(path):
         row = _normalise(row, where)
         if not rows:
-            check_columns(row, where)
-        row = {name: row.get(name) for name in COLUMNS if row.get(name) is not None or name in ("chosen", "rejected")}
-        check_example(row, where, chat_template)
-        for name in ("prompt", "chosen", "rejected"):
+            fields = text_fields(row, where)
+        names = ("prompt", *fields, *COLUMNS)
+        row = {name: row.get(name) for name in names if row.get(name) is not None or name in fields}
+        check_example(row, where, chat_template, fields, ties)
+        for name in ("prompt", *fields):
             kind = type(row.get(name))
             if kinds.setdefault(name, kind) is not kind:
                 raise ValueError(
@@ -184,10 +201,7 @@ def _normalise(row: dict[str, Any], where: str) -> dict[str, Any]:
         for name in ("chosen", "rejected"):
             if isinstance(row.get(name), dict):
                 row[name] = [row[name]]
-    return {
-        name: _as_chat(value, where, name) if name in ("prompt", "chosen", "rejected") else value
-        for name, value in row.items()
-    }
+    return {name: _as_chat(value, where, name) if name in _TEXT else value for name, value in row.items()}
 
 
 def _as_chat(value: Any, where: str, name: str) -> Any:

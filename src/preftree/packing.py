@@ -17,7 +17,7 @@ from preftree.tree import TokenTree
 class PackedRow:
     """Trees one behind the other in one row of ``S`` tokens, the rest padding.
 
-    Indices (`end`, `parent`, `scored_nodes`) count from the row's start. A padding node sees only itself
+    Indices (`end`, `parent`, `last_nodes`, `scored_nodes`) count from the row's start. A padding node sees only itself
     (``end = k + 1``, ``parent = -1``, position 0) and is scored by nobody; padding stands at the row's end.
 
     Attributes:
@@ -28,11 +28,13 @@ class PackedRow:
         sequence_ids: LongTensor ``[n]``, which sequences the row holds, counted over all packed trees in order.
         sequence_lengths: LongTensor ``[n]``, tokens of each sequence, prompt included.
         prompt_lengths: LongTensor ``[n]``, leading tokens that are not scored.
+        last_nodes: LongTensor ``[n]``, the last token of each sequence.
         scored_nodes: LongTensor ``[T]``, the scored nodes of the first sequence, then of the second, ... A node that
             several sequences share is listed once in each.
         scored_lengths: LongTensor ``[n]``, how many of `scored_nodes` belong to each sequence.
-        node_counts: LongTensor ``[S]``, how many of the row's sequences hold the node; 0 for padding. A sum over nodes
-            weighted by these is the sum over the tokens of all sequences.
+        node_counts: LongTensor ``[S]``, how many of the row's sequences hold the node, each as often as it counts
+            (`TokenTree.multiplicities`); 0 for padding. A sum over nodes weighted by these is the sum over the tokens of
+            all sequences.
         num_tokens: tokens that are not padding.
         runs: the row's unbranched runs in order, ``(start, stop, index of the run before it or -1)``; a tuple on the
             host, for backends that work run by run.
@@ -45,6 +47,7 @@ class PackedRow:
     sequence_ids: torch.Tensor
     sequence_lengths: torch.Tensor
     prompt_lengths: torch.Tensor
+    last_nodes: torch.Tensor
     scored_nodes: torch.Tensor
     scored_lengths: torch.Tensor
     node_counts: torch.Tensor
@@ -67,7 +70,7 @@ class PackedRow:
     @property
     def num_unshared_tokens(self) -> int:
         """Tokens that the row's sequences hold when each is computed alone (reads a tensor back to the host)."""
-        return int(self.sequence_lengths.sum())
+        return int(self.node_counts.sum())
 
     @property
     def device(self) -> torch.device:
@@ -190,6 +193,7 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
     sequence_ids: list[int] = []
     sequence_lengths: list[int] = []
     prompt_lengths: list[int] = []
+    last_nodes: list[int] = []
     scored: list[torch.Tensor] = []
     start = 0
     for tree, first in zip(trees, first_sequence, strict=True):
@@ -201,9 +205,10 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
         sequence_ids.extend(range(first, first + tree.num_sequences))
         prompts = tree.prompt_lengths.tolist()
         prompt_lengths.extend(prompts)
-        for path, prompt in zip(tree.paths, prompts, strict=True):
+        for path, prompt, count in zip(tree.paths, prompts, tree.multiplicities.tolist(), strict=True):
             sequence_lengths.append(path.numel())
-            node_counts[path + start] += 1
+            node_counts[path + start] += count
+            last_nodes.append(int(path[-1]) + start)
             # The first token of a sequence has no parent, hence no prediction: it is scored by nobody.
             scored.append(path[max(prompt, 1) :] + start)
         start += len(tree)
@@ -215,6 +220,7 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
         sequence_ids=torch.tensor(sequence_ids, dtype=torch.long),
         sequence_lengths=torch.tensor(sequence_lengths, dtype=torch.long),
         prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.long),
+        last_nodes=torch.tensor(last_nodes, dtype=torch.long),
         scored_nodes=torch.cat(scored) if scored else torch.zeros(0, dtype=torch.long),
         scored_lengths=torch.tensor([nodes.numel() for nodes in scored], dtype=torch.long),
         node_counts=node_counts,

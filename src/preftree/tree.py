@@ -60,6 +60,7 @@ class TokenTree:
         parent: LongTensor ``[S]``, the node before it in its sequence, -1 at a root.
         paths: for each of the ``n`` sequences, LongTensor ``[L_i]`` of its nodes, from the first token to the last.
         prompt_lengths: LongTensor ``[n]``, how many leading tokens of each sequence are not scored.
+        multiplicities: LongTensor ``[n]``, how often each sequence counts in sums over the tokens of all sequences.
 
     Several roots are allowed: sequences that do not even share the first token form a forest.
     """
@@ -70,9 +71,15 @@ class TokenTree:
     parent: torch.Tensor
     paths: list[torch.Tensor]
     prompt_lengths: torch.Tensor
+    multiplicities: torch.Tensor
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> TokenTree:
+    def from_sequences(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int],
+        multiplicities: Sequence[int] | None = None,
+    ) -> TokenTree:
         """Merge token sequences that start alike.
 
         Args:
@@ -81,9 +88,12 @@ class TokenTree:
             prompt_lengths: ``n`` integers with ``0 <= prompt_lengths[i] <= len(sequences[i])``. Tokens from
                 ``prompt_lengths[i]`` on are scored. Nodes are shared by token, wherever the prompt ends. A sequence's
                 very first token has nothing before it to predict it and is never scored, even for prompt length 0.
+            multiplicities: ``n`` integers, how often each sequence counts in sums over the tokens of all sequences (a
+                response that stands in three pairs counts three times); 1 where they are not given.
 
         Raises:
-            ValueError: for an empty sequence, ids that are no integers or negative, or prompt lengths that do not fit.
+            ValueError: for an empty sequence, ids that are no integers or negative, or prompt lengths or multiplicities
+                that do not fit.
         """
         arrays = [_token_array(sequence, index) for index, sequence in enumerate(sequences)]
         if not arrays:
@@ -96,6 +106,11 @@ class TokenTree:
                 raise ValueError(
                     f"sequence {index}: prompt length {length} is outside 0 .. {len(array)}, the sequence's own length"
                 )
+
+        if multiplicities is None:
+            multiplicities = [1] * len(arrays)
+        if len(multiplicities) != len(arrays) or min(multiplicities) < 0:
+            raise ValueError(f"multiplicities must be {len(arrays)} numbers of at least 0, got {list(multiplicities)}")
 
         tokens: list[np.ndarray] = []
         positions: list[np.ndarray] = []
@@ -140,22 +155,39 @@ class TokenTree:
             parent=torch.from_numpy(np.concatenate(parents)),
             paths=[torch.from_numpy(np.concatenate(runs)) for runs in runs_of],
             prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.long),
+            multiplicities=torch.tensor(multiplicities, dtype=torch.long),
         )
 
     def unshared(self) -> TokenTree:
-        """The same sequences side by side, nothing shared: what a packed trainer without prefix sharing computes."""
-        lengths = torch.tensor([path.numel() for path in self.paths])
+        """The same sequences side by side, nothing shared: what a packed trainer without prefix sharing computes.
+
+        A sequence that counts for nothing (multiplicity 0: one that is listed again, to be scored from another token on)
+        lies on the nodes of the one that it repeats.
+        """
+        counts = self.multiplicities.tolist()
+        own: list[int] = []
+        place: dict[int, int] = {}
+        stretch_of: dict[tuple[int, ...], int] = {}
+        for index in sorted(range(len(counts)), key=lambda index: counts[index] == 0):
+            nodes_of = tuple(self.paths[index].tolist())
+            if counts[index] or nodes_of not in stretch_of:
+                stretch_of[nodes_of] = len(own)
+                own.append(index)
+            place[index] = stretch_of[nodes_of]
+        lengths = torch.tensor([self.paths[index].numel() for index in own])
         starts = lengths.cumsum(0) - lengths
-        nodes = torch.cat(self.paths)
+        nodes = torch.cat([self.paths[index] for index in own])
         start = starts.repeat_interleave(lengths)
         node = torch.arange(nodes.numel())
+        stretches = node.split(lengths.tolist())
         return TokenTree(
             input_ids=self.input_ids[nodes],
             position_ids=node - start,
             end=start + lengths.repeat_interleave(lengths),
             parent=torch.where(node == start, -1, node - 1),
-            paths=list(node.split(lengths.tolist())),
+            paths=[stretches[place[index]] for index in range(len(counts))],
             prompt_lengths=self.prompt_lengths,
+            multiplicities=self.multiplicities,
         )
 
     def __len__(self) -> int:
@@ -168,8 +200,8 @@ class TokenTree:
 
     @property
     def num_unshared_tokens(self) -> int:
-        """Tokens that the sequences hold when each is computed alone."""
-        return sum(path.numel() for path in self.paths)
+        """Tokens that the sequences hold when each is computed alone, as often as it counts."""
+        return sum(path.numel() * count for path, count in zip(self.paths, self.multiplicities.tolist(), strict=True))
 
     def __repr__(self) -> str:
         return f"TokenTree({self.num_sequences} sequences, {self.num_unshared_tokens} tokens in {len(self)} nodes)"

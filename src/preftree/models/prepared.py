@@ -45,8 +45,10 @@ class PreparedModel:
 
     @property
     def vocabulary_size(self) -> int:
-        """Token ids that the model can both read and score."""
+        """Token ids that the model can both read and score (a sequence classifier: read)."""
         read = cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
+        if self.classifies:
+            return read
         return min(read, cast(torch.nn.Linear, self.model.get_output_embeddings()).weight.shape[0])
 
     def hidden_states(self, row: PackedRow) -> torch.Tensor:
@@ -95,6 +97,15 @@ class PreparedModel:
         """Experts that a router chooses for a token."""
         return self.model.config.get_text_config().num_experts_per_tok
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the head is a sequence classifier's, over labels and not over the vocabulary."""
+        return has_score_head(self.model)
+
+    def scores(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """A sequence classifier's scores for hidden states ``[N, hidden]``: ``[N, labels]``."""
+        return cast(torch.nn.Linear, self.model.score)(hidden_NH)
+
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """The family's own logits for hidden states ``[N, hidden]``, scaled and soft-capped as it does: ``[N, vocab]``.
 
@@ -120,6 +131,11 @@ class _HiddenStates(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+def has_score_head(model: PreTrainedModel) -> bool:
+    """Whether it is one of transformers' sequence classifiers on a decoder: a linear `score` in place of the output head."""
+    return model.get_output_embeddings() is None and isinstance(getattr(model, "score", None), torch.nn.Module)
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from preftree.models.prepared import has_score_head
+
 ATTENTION_LAYER_TYPES = {
     "full_attention",
     "sliding_attention",
@@ -58,8 +60,10 @@ def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
         return "is_encoder_decoder", "the prompt goes through an encoder, whose attention is not causal"
     if getattr(config, "is_causal", True) is False:
         return "is_causal=False", "attention in both directions makes a prompt depend on its response"
-    if model.get_output_embeddings() is None:
-        return "no output head", "log-probabilities need a causal language model with a head over the vocabulary"
+    if model.get_output_embeddings() is None and not has_score_head(model):
+        return "no output head", (
+            "log-probabilities need a causal language model with a head over the vocabulary, rewards a sequence classifier"
+        )
     for rope_type in _rope_types(config, model):
         if "dynamic" in rope_type or rope_type == "longrope":
             return (

@@ -109,7 +109,7 @@ def _stock_hidden(prepared: PreparedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _verify_head(prepared: PreparedModel, sequence: list[int], device: torch.device) -> None:
-    """The head on given hidden states must give the logits of the whole model."""
+    """The head on given hidden states must give the whole model's logits (a classifier: its scores)."""
     ids = torch.tensor([sequence], device=device)
     captured = []
     hook = prepared.backbone.register_forward_hook(lambda module, args, output: captured.append(output))
@@ -117,6 +117,12 @@ def _verify_head(prepared: PreparedModel, sequence: list[int], device: torch.dev
         whole = prepared.stock_forward(input_ids=ids, use_cache=False).logits[0].double()
     finally:
         hook.remove()
-    parts = prepared.logits(captured[-1].last_hidden_state[0]).double()
+    hidden = captured[-1].last_hidden_state[0]
+    # A sequence classifier reads the last token that is not padding; this sequence may end with some.
+    parts = (prepared.scores(hidden) if prepared.classifies else prepared.logits(hidden)).double()
+    if prepared.classifies:
+        pad_token_id = prepared.model.config.get_text_config().pad_token_id
+        real = [index for index, token in enumerate(sequence) if token != pad_token_id]
+        parts = parts[real[-1] if real else 0]
     if parts.shape != whole.shape or float((parts - whole).abs().max()) > 1e-4 * float(whole.abs().max()):
         raise NotImplementedError("its output head cannot be run apart from its backbone")

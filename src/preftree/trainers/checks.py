@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
 
-from preftree.trainers.collator import pair_tree
+from preftree.trainers.groups import Layout
 
 logger = logging.getLogger(__name__)
 
-_ROW = "preftree_row"
+# Rows keep the number they have in the user's data.
+ROW = "preftree_row"
 _MESSAGE_FORM = "a list of messages {'role': ..., 'content': ...}"
+PAIR_FIELDS = ("chosen", "rejected")
 
 
-def check_columns(columns: Iterable[str] | None, source: str) -> None:
-    """`chosen` and `rejected` must be there; `prompt` may be implicit in them."""
+def check_columns(
+    columns: Iterable[str] | None, source: str, fields: Sequence[str] = PAIR_FIELDS, ranked: bool = True
+) -> None:
+    """The fields must be there; `prompt` may be implicit in them. Ranked data: `prompt`, `completions`, scores or ranks."""
     columns = list(columns or ())
-    for name in ("chosen", "rejected"):
+    if "completions" in columns and not ranked:
+        raise ValueError(f"{source}: column 'completions': this trainer takes no ranked data, but {', '.join(fields)}")
+    if "completions" in columns:
+        fields = ("prompt", "completions")
+        if ("scores" in columns) == ("ranks" in columns):
+            found = "both" if "scores" in columns else "neither"
+            raise ValueError(f"{source}: ranked completions need a column 'scores' or 'ranks', but there are {found}")
+    for name in fields:
         if columns and name not in columns:
             raise ValueError(f"{source}: there is no column {name!r} (columns: {', '.join(columns)})")
     for name in ("image", "images"):
@@ -30,14 +42,26 @@ def check_columns(columns: Iterable[str] | None, source: str) -> None:
             raise NotImplementedError(f"{source}: column {name!r}: images are not supported yet")
 
 
-def check_example(example: Mapping[str, Any], where: str, chat_template: bool) -> None:
-    """Types and contents of one pair as it stands in the data.
+def check_example(
+    example: Mapping[str, Any],
+    where: str,
+    chat_template: bool,
+    fields: Sequence[str] = PAIR_FIELDS,
+    ties: str = "error",
+) -> None:
+    """Types and contents of one example as it stands in the data.
 
     Raises:
         ValueError: naming ``where`` and the field.
     """
-    fields = ("prompt", "chosen", "rejected") if "prompt" in example else ("chosen", "rejected")
-    kinds = {name: _kind(example.get(name), where, name) for name in fields}
+    if "prompt" in example:
+        fields = ("prompt", *fields)
+    values = {name: example.get(name) for name in fields}
+    if "completions" in example:
+        scores_of(example, where, ties)
+        values = {"prompt": example.get("prompt")}
+        values |= {f"completions[{index}]": value for index, value in enumerate(example["completions"])}
+    kinds = {name: _kind(value, where, name) for name, value in values.items()}
     if len(set(kinds.values())) > 1:
         described = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
         raise ValueError(f"{where}: all fields must be of one kind, but {described}")
@@ -46,6 +70,37 @@ def check_example(example: Mapping[str, Any], where: str, chat_template: bool) -
             f"{where}: the data are chats, but the tokenizer has no chat template: set tokenizer.chat_template (for "
             "the command line: --chat_template_path), or give plain text"
         )
+
+
+def scores_of(example: Mapping[str, Any], where: str, ties: str = "error") -> list[float]:
+    """The scores of a ranked example's completions, higher is better (`ranks`: 1 is best).
+
+    Args:
+        ties: "error", or "drop": completions of equal score are allowed as long as some differ.
+
+    Raises:
+        ValueError: naming ``where`` and the field.
+    """
+    completions = example.get("completions")
+    if not isinstance(completions, list) or len(completions) < 2:
+        count = len(completions) if isinstance(completions, list) else "no"
+        raise ValueError(f"{where}, field 'completions': {count} completion(s), but a comparison needs at least two")
+    name = "ranks" if example.get("ranks") is not None else "scores"
+    values = example.get(name)
+    if not isinstance(values, (list, tuple)) or len(values) != len(completions):
+        found = len(values) if isinstance(values, (list, tuple)) else "no"
+        raise ValueError(f"{where}, field {name!r}: {found} values for {len(completions)} completions")
+    for index, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{where}, field {name!r}, value {index}: {value!r} is not a finite number")
+    if len(set(values)) == 1:
+        raise ValueError(f"{where}, field {name!r}: all are {values[0]}, so nothing is better than anything")
+    if len(set(values)) < len(values) and ties == "error":
+        raise ValueError(
+            f"{where}, field {name!r}: equal values ({', '.join(map(str, values))}) have no order: ties='drop' makes no "
+            "pair of these"
+        )
+    return [float(-value if name == "ranks" else value) for value in values]
 
 
 def _kind(value: Any, where: str, name: str) -> str:
@@ -73,37 +128,38 @@ def _kind(value: Any, where: str, name: str) -> str:
     raise ValueError(f"{where}, field {name!r} is {found}; it must be a string or {_MESSAGE_FORM}")
 
 
-class PairCheck:
-    """Checks tokenised pairs and says which to keep; counts what it warns about.
+class ExampleCheck:
+    """Checks tokenised examples and says which to keep; counts what it warns about.
 
     Args:
         source: name of the data, for messages.
         vocabulary: token ids must be below it.
-        max_length, truncation_mode: as in TRL.
-        row_length: a pair must fit into it; None for no limit.
-        share_prefixes: whether the pair is one tree, or its sequences lie side by side.
-        overlong: what to do with a pair longer than max_length or row_length: None cuts at max_length as TRL does and
-            raises at row_length; "truncate" cuts at both, "drop" leaves out, "error" raises. A pair whose prompt alone
-            fills max_length has nothing left to learn from: None and "truncate" leave it out, as TRL does.
+        layout: how an example is read and cut.
+        row_length: an example must fit into it; None for no limit.
+        overlong: what to do with an example longer than the layout's max_length or row_length: None does at max_length
+            what TRL does and raises at row_length; "truncate" cuts at both, "drop" leaves out, "error" raises. An example
+            whose prompt alone fills max_length has nothing left to learn from: None and "truncate" leave it out.
+        share_prefixes: whether the example is one tree, or its sequences lie side by side.
+        cuts: whether TRL cuts at max_length (else it leaves out).
     """
 
     def __init__(
         self,
         source: str,
         vocabulary: int,
-        max_length: int | None,
-        truncation_mode: str,
+        layout: Layout,
         row_length: int | None,
         overlong: str | None,
         share_prefixes: bool = True,
+        cuts: bool = True,
     ):
         self.source = source
         self.vocabulary = vocabulary
-        self.max_length = max_length
-        self.truncation_mode = truncation_mode
+        self.layout = layout
         self.row_length = row_length
         self.overlong = overlong
         self.share_prefixes = share_prefixes
+        self.at_max_length = overlong or ("truncate" if cuts else "drop")
         # Counted, and told by `report`.
         self.identical = 0
         self.dropped = 0
@@ -111,7 +167,7 @@ class PairCheck:
         self.shortened = 0
 
     def __call__(self, example: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-        """The pair, possibly with shorter responses, or None to drop it.
+        """The example, possibly with shorter responses, or None to drop it.
 
         Raises:
             ValueError: naming ``where`` and the field.
@@ -121,143 +177,143 @@ class PairCheck:
                 f"{where}, field 'prompt': empty (if the data have no prompt column: 'chosen' and 'rejected' do not "
                 "start alike)"
             )
-        for name in ("chosen_ids", "rejected_ids"):
-            if not len(example[name]):
-                raise ValueError(f"{where}, field {name.removesuffix('_ids')!r}: no token is left of it")
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            highest = max(example[name], default=0)
-            if highest >= self.vocabulary:
+        members = self.layout.members(example)
+        for name, (ids, prompt_length) in members.items():
+            if len(ids) <= prompt_length:
+                raise ValueError(f"{where}, field {name!r}: no token is left of it")
+            if (highest := max(ids)) >= self.vocabulary:
+                prompt = ids.index(highest) < prompt_length
                 raise ValueError(
-                    f"{where}, field {name.removesuffix('_ids')!r}: token id {highest} is outside the model's "
+                    f"{where}, field {'prompt' if prompt else name!r}: token id {highest} is outside the model's "
                     f"vocabulary of {self.vocabulary}: does the tokenizer belong to the model?"
                 )
-        if list(example["chosen_ids"]) == list(example["rejected_ids"]):
+        if len(members) > 1 and len({tuple(ids) for ids, _ in list(members.values())[:2]}) == 1:
             self.identical += 1
-        longest = len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
-        if self.max_length is not None and longest > self.max_length and self.overlong in ("drop", "error"):
-            self._refuse(where, f"{longest} tokens are more than max_length={self.max_length}")
+        max_length, longest = self.layout.max_length, max(len(ids) for ids, _ in members.values())
+        if max_length is not None and longest > max_length and self.at_max_length != "truncate":
+            self._refuse(where, f"{longest} tokens are more than max_length={max_length}", self.at_max_length)
             return None
         if (
-            self.max_length is not None
-            and self.truncation_mode == "keep_start"
-            and len(example["prompt_ids"]) >= self.max_length
+            max_length is not None
+            and self.layout.truncation_mode == "keep_start"
+            and any(prompt_length >= max_length for _, prompt_length in members.values())
         ):
             self.without_completion += 1
             return None
         if self.row_length is None:
             return dict(example)
-        tokens = self._row_tokens(example, self.max_length, self.truncation_mode)
+        tokens = self._row_tokens(example, self.layout)
         if tokens <= self.row_length:
             return dict(example)
         if self.overlong != "truncate":
-            self._refuse(where, f"the pair's {tokens} tokens do not fit into row_length={self.row_length}")
+            self._refuse(where, f"its {tokens} tokens do not fit into row_length={self.row_length}", self.overlong)
             return None
         return self._shorten(example, where)
 
-    def _row_tokens(self, example: Mapping[str, Any], max_length: int | None, mode: str) -> int:
-        tree = pair_tree(example, max_length, mode)
-        return len(tree) if self.share_prefixes else tree.num_unshared_tokens
+    def _row_tokens(self, example: Mapping[str, Any], layout: Layout) -> int:
+        tree = layout.group(example).tree()
+        return len(tree if self.share_prefixes else tree.unshared())
 
-    def _refuse(self, where: str, why: str) -> None:
-        if self.overlong == "drop":
+    def _refuse(self, where: str, why: str, overlong: str | None) -> None:
+        if overlong == "drop":
             self.dropped += 1
             return
         raise ValueError(
-            f"{where}: {why}: raise it, or choose what to do with such pairs: overlong='drop' or overlong='truncate'"
+            f"{where}: {why}: raise it, or choose what to do with such examples: overlong='drop' or overlong='truncate'"
         )
 
     def _shorten(self, example: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-        """Both sequences cut to the largest common length whose tree fits."""
-        prompt, row_length = example["prompt_ids"], self.row_length
-        longest = len(prompt) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
-        low, high = len(prompt), min(longest, self.max_length or longest)
+        """All sequences cut to the largest common length whose tree fits."""
+        members = self.layout.members(example).values()
+        prompt = max(length for _, length in members)
+        longest = max(len(ids) for ids, _ in members)
+        low, high = prompt, min(longest, self.layout.max_length or longest)
         while low < high:  # the largest cut that fits; `low` always fits or no cut does
             middle = (low + high + 1) // 2
-            if row_length is not None and self._row_tokens(example, middle, "keep_start") <= row_length:
+            cut = replace(self.layout, max_length=middle, truncation_mode="keep_start")
+            if self.row_length is not None and self._row_tokens(example, cut) <= self.row_length:
                 low = middle
             else:
                 high = middle - 1
-        if low <= len(prompt):
+        if low <= prompt:
             raise ValueError(
-                f"{where}, field 'prompt': its {len(prompt)} tokens leave no room in a row of {row_length}"
+                f"{where}, field 'prompt': its {prompt} tokens leave no room in a row of {self.row_length}"
             )
         self.shortened += 1
-        room = low - len(prompt)
-        cut = {name: list(example[name])[:room] for name in ("chosen_ids", "rejected_ids")}
-        return {**example, **cut}
+        return self.layout.cut(example, low)
 
     def report(self) -> None:
         """Warn once about what was counted."""
-        if self.identical:
-            logger.warning(
-                "%s: in %d pairs chosen and rejected are equal: they teach nothing", self.source, self.identical
-            )
-        if self.dropped:
-            logger.warning("%s: %d pairs were too long and are left out (overlong='drop')", self.source, self.dropped)
-        if self.without_completion:
-            logger.warning(
-                "%s: in %d pairs the prompt alone fills max_length=%s: they are left out",
-                self.source,
+        told = (
+            (self.identical, "chosen and rejected are equal in %d examples: they teach nothing"),
+            (self.dropped, "%d examples were too long and are left out"),
+            (
                 self.without_completion,
-                self.max_length,
-            )
-        if self.shortened:
-            logger.warning(
-                "%s: %d pairs were cut to fit into row_length=%s (overlong='truncate')",
-                self.source,
-                self.shortened,
-                self.row_length,
-            )
+                f"in %d examples the prompt alone fills max_length={self.layout.max_length}: left out",
+            ),
+            (self.shortened, f"%d examples were cut to fit into row_length={self.row_length} (overlong='truncate')"),
+        )
+        for count, message in told:
+            if count:
+                logger.warning("%s: " + message, self.source, count)
 
 
-def prepare_pairs(
+def check_raw(
     dataset: Dataset | IterableDataset,
-    tokenise: Callable[[Any], Any],
-    check: PairCheck,
+    source: str,
     chat_template: bool,
+    fields: Sequence[str] = PAIR_FIELDS,
+    ties: str = "error",
 ) -> Dataset | IterableDataset:
-    """A data set checked, tokenised and checked again.
-
-    Args:
-        tokenise: adds `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        check: what is checked in tokenised pairs.
-        chat_template: whether the tokenizer can take chats.
+    """The data set as it stands in the data, checked; its rows numbered in a column. A stream is checked as it comes.
 
     Raises:
-        ValueError: naming row and field. A stream is checked as it comes; its rows are numbered in that order.
+        ValueError: naming row and field.
     """
-    source = check.source
-    check_columns(dataset.column_names, source)
 
     def checked(example: dict[str, Any], index: int) -> dict[str, Any]:
-        check_example(example, f"{source}, row {index}", chat_template)
+        check_example(example, f"{source}, row {index}", chat_template, fields, ties)
         return example
 
     if isinstance(dataset, IterableDataset):
-
-        def kept_or_empty(example: dict[str, Any], index: int) -> dict[str, Any]:
-            return check(example, f"{source}, row {index}") or {**example, "chosen_ids": []}
-
-        dataset = tokenise(dataset.map(checked, with_indices=True))
-        return dataset.map(kept_or_empty, with_indices=True).filter(lambda example: example["chosen_ids"])
+        return dataset.map(checked, with_indices=True)
     for index, example in enumerate(dataset):
         checked(example, index)
-    # Rows keep the number they have in the user's data.
-    dataset = tokenise(dataset.add_column(_ROW, list(range(len(dataset)))))
+    return dataset.add_column(ROW, list(range(len(dataset))))
+
+
+def check_tokenised(dataset: Dataset | IterableDataset, check: ExampleCheck) -> Dataset | IterableDataset:
+    """A tokenised data set without what is to be left out, cut where that was asked for.
+
+    Raises:
+        ValueError: naming row (by the number that `check_raw` gave it) and field.
+    """
+    source = check.source
+    if isinstance(dataset, IterableDataset):
+
+        def marked(example: dict[str, Any], index: int) -> dict[str, Any]:
+            kept = check(example, f"{source}, row {index}")
+            return {**(kept or example), ROW: -1 if kept is None else index}
+
+        return dataset.map(marked, with_indices=True).filter(lambda example: example[ROW] >= 0).remove_columns(ROW)
     kept, changed = [], {}
-    columns = [n for n in (_ROW, "prompt", "prompt_ids", "chosen_ids", "rejected_ids") if n in dataset.column_names]
-    for index, example in enumerate(dataset.select_columns(columns)):
-        pair = check(example, f"{source}, row {example[_ROW]}")
-        if pair is not None:
+    columns = [ROW, "prompt", *check.layout.token_columns(dataset.column_names)]
+    narrow = dataset.select_columns([name for name in columns if name in dataset.column_names])
+    for index, example in enumerate(narrow):
+        result = check(example, f"{source}, row {example.get(ROW, index)}")
+        if result is not None:
             kept.append(index)
-            if pair != example:
-                changed[index] = pair
+            if result != example:
+                changed[index] = result
     check.report()
     if not kept:
-        raise ValueError(f"{source}: no pair is left to train on: all are too long (max_length={check.max_length})")
+        raise ValueError(
+            f"{source}: no example is left to train on: all are too long (max_length={check.layout.max_length})"
+        )
     if changed:
         dataset = dataset.map(lambda example, index: changed.get(index, example), with_indices=True)
-    dataset = dataset.remove_columns(_ROW)
+    if ROW in dataset.column_names:
+        dataset = dataset.remove_columns(ROW)
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
@@ -270,7 +326,7 @@ def check_weights(model: torch.nn.Module, name: str) -> None:
             raise ValueError(f"{name}: parameter {parameter_name!r} holds NaN or infinity: the weights are damaged")
 
 
-def vocabulary_of(model: Any, args: trl.DPOConfig) -> int:
+def vocabulary_of(model: Any, args: Any) -> int:
     """Token ids that the model has an embedding for (of a model still to be loaded: by its config)."""
     if not isinstance(model, str):
         return model.get_input_embeddings().num_embeddings

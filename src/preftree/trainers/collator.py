@@ -1,109 +1,166 @@
-"""Tokenised pairs to packed rows: what a worker process prepares for a step."""
+"""Tokenised examples to packed rows: what a worker process prepares for a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from preftree.packing import pack, static_length
+from preftree.packing import PackedRow, pack, static_length
+from preftree.trainers.groups import Group, Layout
 from preftree.tree import TokenTree
 
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-
-
-def truncate(
-    prompt: Sequence[int], completion: Sequence[int], max_length: int | None, mode: str
-) -> tuple[list[int], int]:
-    """One sequence, cut to ``max_length`` tokens as TRL cuts it, and how many of its tokens belong to the prompt.
-
-    Args:
-        mode: "keep_start" cuts the completion's end, "keep_end" the prompt's beginning.
-    """
-    sequence = [*prompt, *completion]
-    surplus = 0 if max_length is None else max(len(sequence) - max_length, 0)
-    if mode == "keep_start":
-        return sequence[: len(sequence) - surplus], min(len(prompt), len(sequence) - surplus)
-    if mode == "keep_end":
-        return sequence[surplus:], max(len(prompt) - surplus, 0)
-    raise ValueError(f"unknown truncation_mode {mode!r}: choose 'keep_start' or 'keep_end'")
-
-
-def pair_tree(example: Mapping[str, Any], max_length: int | None, mode: str) -> TokenTree:
-    """The tree of a tokenised pair (`prompt_ids`, `chosen_ids`, `rejected_ids`): sequence 0 chosen, 1 rejected."""
-    sides = [
-        truncate(example["prompt_ids"], example[side], max_length, mode) for side in ("chosen_ids", "rejected_ids")
-    ]
-    return TokenTree.from_sequences([ids for ids, _ in sides], [length for _, length in sides])
+# Examples whose prompts differ are merged into one tree if they start with so many equal tokens: sharing fewer saves
+# less than the blocks of attention that it makes partial.
+SHARED_START = 128
 
 
 @dataclass
 class TreeCollator:
-    """Collates tokenised pairs into packed rows.
+    """Collates tokenised examples into packed rows; examples with the same prompt share one tree.
 
     Args:
         pad_token_id: token of the rows' padding.
-        max_length, truncation_mode: longer sequences are cut as TRL's collator cuts them.
+        layout: how an example is read.
         row_length: tokens of a row; None puts the batch into one row.
         static: round a row without a given length up to one of a few lengths, for compiled kernels.
         share_prefixes: False lays every sequence out by itself (packed, but nothing shared): the baseline.
+        columns: numbers of an example to hand on, fp32 ``[examples]`` each, where the data have them.
+        reference_columns: where an example keeps its sequences' reference log-probabilities: one column a sequence, or
+            one column that holds a list.
         padded: a collator of TRL's format whose batch to add under "padded", for what needs logits of whole sequences.
 
-    A batch holds ``rows`` (sequence ``2 i`` is pair ``i``'s chosen one, ``2 i + 1`` its rejected one), ``index``
-    (LongTensor ``[pairs]``), ``num_tokens`` (of all sequences, the prompt counted in each), ``chosen_tokens`` (scored ones
-    of the chosen completions), and the reference's log-probabilities ``ref_chosen_logps``, ``ref_rejected_logps`` (fp32
-    ``[pairs]``) where the data has them.
+    A batch holds
+
+    - ``rows``, and for each of them in ``members`` what its units are: for every side the place of the unit's sequence
+      among the row's sequences, under "unit" the units' numbers in the batch, under "ranking" and "sizes" the ranked
+      lists, all LongTensors;
+    - ``index`` (LongTensor ``[examples]``), ``group_sizes`` (how many sequences each example has),
+      ``weights`` (fp32 ``[units]``; with them the batch's loss is the sum over its units), ``lists`` (how many);
+    - ``tokens`` (scored tokens of each side, over all units) and ``num_tokens`` (of all sequences, prompts included);
+    - ``reference`` (fp32 ``[sequences]``) and the columns, where the data have them.
     """
 
     pad_token_id: int
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
+    layout: Layout = field(default_factory=Layout)
     row_length: int | None = None
     static: bool = False
     share_prefixes: bool = True
-    padded: Any = None
+    columns: tuple[str, ...] = ()
+    reference_columns: tuple[str, ...] = ("ref_chosen_logps", "ref_rejected_logps")
+    padded: Callable[[list[Any]], Any] | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = self._batch([pair_tree(example, self.max_length, self.truncation_mode) for example in examples])
-        for column in REFERENCE_COLUMNS:
+        batch = self.collate([self.layout.group(example) for example in examples])
+        for column in self.columns:
             if column in examples[0]:
                 batch[column] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
+        if self.reference_columns and self.reference_columns[0] in examples[0]:
+            batch["reference"] = torch.tensor(
+                [value for example in examples for value in self._reference(example)], dtype=torch.float32
+            )
         if self.padded is not None:
             batch["padded"] = self.padded(list(examples))
         return batch
 
-    def _batch(self, trees: list[TokenTree]) -> dict[str, Any]:
-        """Rows of the trees of a batch; a pair is never split over two rows."""
-        chosen_tokens = sum(tree.paths[0].numel() - max(int(tree.prompt_lengths[0]), 1) for tree in trees)
-        batch = {
-            "index": torch.arange(len(trees)),
-            "num_tokens": sum(tree.num_unshared_tokens for tree in trees),
-            "chosen_tokens": chosen_tokens,
-        }
-        if not self.share_prefixes:
-            trees = [tree.unshared() for tree in trees]
-        row_length = self.row_length
-        if row_length is None and self.static:
-            row_length = static_length(sum(len(tree) for tree in trees))
-        return batch | {"rows": pack(trees, row_length, self.pad_token_id)}
-
     def from_padded(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """The same batch from TRL's padded format: rows [all chosen; all rejected], masks, already truncated."""
-        sequences, prompts = [], []
-        for ids, attended, completion in zip(
-            batch["input_ids"].cpu(), batch["attention_mask"].cpu().bool(), batch["completion_mask"].cpu(), strict=True
-        ):
-            sequences.append(ids[attended])
-            prompts.append(int(attended.sum()) - int(completion[attended].sum()))
-        half = len(sequences) // 2
-        trees = [
-            TokenTree.from_sequences([sequences[i], sequences[half + i]], [prompts[i], prompts[half + i]])
-            for i in range(half)
-        ]
-        result = self._batch(trees)
-        result.update({column: batch[column] for column in REFERENCE_COLUMNS if column in batch})
+        """The same batch from TRL's padded format, as a collator of the user's gives it."""
+        result = self.collate(self.layout.from_padded(batch))
+        result.update({column: batch[column] for column in self.columns if column in batch})
+        if self.reference_columns and all(column in batch for column in self.reference_columns):
+            result["reference"] = torch.stack([batch[column] for column in self.reference_columns], dim=1).flatten()
         if self.padded is not None:
             result["padded"] = batch
         return result
+
+    def _reference(self, example: Mapping[str, Any]) -> list[float]:
+        values = [example[column] for column in self.reference_columns]
+        return list(values[0]) if isinstance(values[0], (list, tuple)) else values
+
+    def collate(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Rows of the groups of a batch; a group is never split over two rows."""
+        sizes = [len(group.sequences) for group in groups]
+        normaliser = sum(group.normaliser for group in groups)
+        batch: dict[str, Any] = {
+            "index": torch.arange(len(groups)),
+            "group_sizes": sizes,
+            "weights": torch.tensor([weight / normaliser for group in groups for weight in group.weights]),
+            "lists": sum(bool(group.ranking) for group in groups),
+            "num_tokens": sum(group.num_tokens for group in groups),
+            "tokens": {side: sum(_scored(group, side) for group in groups) for side in groups[0].sides},
+        }
+        first_sequence = [sum(sizes[:index]) for index in range(len(groups))]
+        clusters = _cluster(groups, self.row_length) if self.share_prefixes else [[i] for i in range(len(groups))]
+        trees, sequence_ids = [], []
+        for cluster in clusters:
+            tree = TokenTree.from_sequences(
+                [ids for index in cluster for ids in groups[index].sequences],
+                [length for index in cluster for length in groups[index].prompt_lengths],
+                [count for index in cluster for count in groups[index].multiplicities],
+            )
+            trees.append(tree if self.share_prefixes else tree.unshared())
+            sequence_ids += [first_sequence[index] + k for index in cluster for k in range(sizes[index])]
+        row_length = self.row_length
+        if row_length is None and self.static:
+            row_length = static_length(sum(len(tree) for tree in trees))
+        rows = pack(trees, row_length, self.pad_token_id)
+        for row in rows:
+            row.sequence_ids = torch.tensor([sequence_ids[index] for index in row.sequence_ids.tolist()])
+        return batch | {"rows": rows, "members": [_members(row, groups, first_sequence) for row in rows]}
+
+
+def _scored(group: Group, side: str) -> int:
+    """Tokens of a side, over its units, that have a prediction and are not the prompt's."""
+    return sum(len(group.sequences[index]) - max(group.prompt_lengths[index], 1) for index in group.sides[side])
+
+
+def _members(row: PackedRow, groups: Sequence[Group], first_sequence: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Places in the row of the sequences of its units, and the units' numbers (see `TreeCollator`)."""
+    place = {sequence: index for index, sequence in enumerate(row.sequence_ids.tolist())}
+    members: dict[str, list[int]] = {side: [] for side in groups[0].sides}
+    members |= {"unit": [], "ranking": [], "sizes": []}
+    unit = 0
+    for group, first in zip(groups, first_sequence, strict=True):
+        if first in place:
+            for side, indices in group.sides.items():
+                members[side] += [place[first + index] for index in indices]
+            members["unit"] += range(unit, unit + group.units)
+            if group.ranking:
+                members["ranking"] += [place[first + index] for index in group.ranking]
+                members["sizes"].append(len(group.ranking))
+        unit += group.units
+    return {name: torch.tensor(values, dtype=torch.long) for name, values in members.items()}
+
+
+def _cluster(groups: Sequence[Group], row_length: int | None) -> list[list[int]]:
+    """Which groups to merge into one tree: those of the same prompt, of a prompt that begins another one, or that have
+    a long start in common. A tree is kept short enough for a row."""
+    sizes = [len(group.tree()) for group in groups]
+    shared = [_common_start(group.sequences) for group in groups]
+    prompts = [min(*group.prompt_lengths, start) or start for group, start in zip(groups, shared, strict=True)]
+    order = sorted(range(len(groups)), key=lambda index: (groups[index].sequences[0][: prompts[index]], index))
+    clusters: list[list[int]] = []
+    total = 0
+    for index in order:
+        if clusters:
+            last = clusters[-1][-1]
+            start = _common_start([groups[last].sequences[0], groups[index].sequences[0]])
+            start = min(start, shared[last], shared[index])
+            worth_it = start >= SHARED_START or 0 < min(prompts[last], prompts[index]) <= start
+            if worth_it and (row_length is None or total + sizes[index] - start <= row_length):
+                clusters[-1].append(index)
+                total += sizes[index] - start
+                continue
+        clusters.append([index])
+        total = sizes[index]
+    return sorted(sorted(cluster) for cluster in clusters)
+
+
+def _common_start(sequences: Sequence[list[int]]) -> int:
+    """How many tokens all of the sequences start with in common."""
+    low, high = min(sequences), max(sequences)  # what the first and last in order share, all share
+    return next(
+        (index for index, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
+    )

@@ -1,37 +1,46 @@
-"""What preftree's trainers can be told beyond TRL's arguments."""
+"""What preftree's trainers can be told beyond TRL's arguments, and which options have an effect."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import trl
+import trl.experimental.cpo
+import trl.experimental.orpo
+import trl.experimental.tpo
 
 from preftree.attention import BACKENDS
-from preftree.objectives import DPO_LOSSES
+from preftree.objectives import CPO_LOSSES, DPO_LOSSES, KTO_LOSSES, OPTION_READERS, TPO_LOSSES
+from preftree.trainers.groups import WEIGHTINGS
 
 OVERLONG = ("truncate", "drop", "error")
+# The list objective: not a loss of TRL's, and none of pairs.
+LIST_LOSS = "plackett_luce"
 
 
 @dataclass
-class DPOConfig(trl.DPOConfig):
-    """TRL's `DPOConfig` with the same names and defaults, and the fields below.
-
-    ``per_device_train_batch_size`` is the pairs of a micro-batch, as in TRL; ``row_length`` the tokens of one forward pass.
-    Neither changes the meaning of the other: the pairs are packed into as many rows as they need.
+class TreeArguments:
+    """Arguments of all trainers. ``per_device_train_batch_size`` is the examples of a micro-batch, as in TRL;
+    ``row_length`` the tokens of one forward pass. Neither changes the meaning of the other: the examples are packed into
+    as many rows as they need.
     """
 
     row_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of a packed row: what one forward pass holds in memory. The pairs of a micro-batch are "
+            "help": "Tokens of a packed row: what one forward pass holds in memory. The examples of a micro-batch are "
             "packed into as many rows as they need; losses and gradients do not depend on it. None: one row."
         },
     )
     overlong: str | None = field(
         default=None,
         metadata={
-            "help": "What to do with a pair longer than `max_length` or `row_length`: 'truncate', 'drop' or 'error'. "
-            "None: cut at `max_length` as TRL does, error at `row_length`.",
+            "help": "What to do with an example longer than `max_length` or `row_length`: 'truncate', 'drop' or 'error'. "
+            "None: do at `max_length` what TRL does, error at `row_length`.",
             "choices": [*OVERLONG, None],
         },
     )
@@ -43,23 +52,13 @@ class DPOConfig(trl.DPOConfig):
         default=True,
         metadata={"help": "False computes every sequence by itself in the same packed rows: for comparison."},
     )
-    ref_logps_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where `precompute_ref_log_probs` keeps the reference's log-probabilities, by content (weights, "
-            "tokens, precision). Default: beside the cache of Hugging Face's datasets."
-        },
-    )
 
     def __post_init__(self):
-        super().__post_init__()
+        super().__post_init__()  # TRL's config stands behind this class
         self.check()
 
     def check(self) -> None:
-        """Raise `ValueError` for a setting that preftree does not know."""
-        for loss_type in self.loss_type:
-            if loss_type not in DPO_LOSSES:
-                raise ValueError(f"unknown loss_type {loss_type!r}: choose from {', '.join(sorted(DPO_LOSSES))}")
+        """Raise `ValueError` for a setting that preftree does not know, or that no other one fits."""
         if self.row_length is not None and self.row_length < 1:
             raise ValueError(f"row_length must be positive, got {self.row_length}")
         if self.overlong is not None and self.overlong not in OVERLONG:
@@ -69,11 +68,197 @@ class DPOConfig(trl.DPOConfig):
                 f"unknown attention_backend {self.attention_backend!r}: choose from auto, {', '.join(BACKENDS)}"
             )
 
+    def unused_options(self) -> Iterator[tuple[str, str]]:
+        """``(option, why)`` of options that are set but have no effect."""
+        return iter(())
 
-def upgrade(args: trl.DPOConfig) -> DPOConfig:
-    """TRL's own config, for users who change only the trainer's import: ours with the defaults of our fields."""
-    config = DPOConfig.__new__(DPOConfig)
-    vars(config).update({own.name: own.default for own in fields(DPOConfig) if not hasattr(args, own.name)})
+    def warn_of_unused_options(self) -> None:
+        """Warn of each option that is set but has no effect."""
+        for name, why in self.unused_options():
+            warnings.warn(f"{name}={getattr(self, name)!r} has no effect: {why}", UserWarning, stacklevel=2)
+
+    def _is_set(self, name: str) -> bool:
+        return getattr(self, name) != next(f.default for f in dataclasses.fields(self) if f.name == name)
+
+
+@dataclass
+class RankedArguments(TreeArguments):
+    """Arguments of trainers that take ranked responses (`prompt`, `completions`, `scores` or `ranks`) as well as pairs."""
+
+    pair_weighting: str = field(
+        default="pair",
+        metadata={
+            "help": "How the pairs of a ranked example weigh: 'pair' (each counts 1, as if they were listed one by one), "
+            "'prompt' (each prompt counts 1, as in InstructGPT's reward model) or 'lambda' (LiPO's weights, by scores).",
+            "choices": list(WEIGHTINGS),
+        },
+    )
+    ties: str = field(
+        default="error",
+        metadata={
+            "help": "Ranked responses with equal scores: 'error', or 'drop' to make no pair of them.",
+            "choices": ["error", "drop"],
+        },
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.pair_weighting not in WEIGHTINGS:
+            raise ValueError(f"unknown pair_weighting {self.pair_weighting!r}: choose from {', '.join(WEIGHTINGS)}")
+        if self.ties not in ("error", "drop"):
+            raise ValueError(f"unknown ties {self.ties!r}: choose 'error' or 'drop'")
+
+
+@dataclass
+class ReferenceArguments(TreeArguments):
+    """Arguments of trainers that compare with a reference."""
+
+    ref_logps_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where `precompute_ref_log_probs` keeps the reference's log-probabilities, by content (weights, "
+            "tokens, precision). Default: beside the cache of Hugging Face's datasets."
+        },
+    )
+
+    def unused_options(self) -> Iterator[tuple[str, str]]:
+        yield from super().unused_options()
+        args: Any = self
+        for name in ("ref_logps_cache_dir", "precompute_ref_batch_size"):
+            if self._is_set(name) and not args.precompute_ref_log_probs:
+                yield name, "precompute_ref_log_probs is off"
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if self._is_set(name) and not args.sync_ref_model:
+                yield name, "sync_ref_model is off"
+
+
+@dataclass
+class DPOConfig(RankedArguments, ReferenceArguments, trl.DPOConfig):
+    """TRL's `DPOConfig` with the same names and defaults, and the fields of `RankedArguments` and `ReferenceArguments`.
+
+    ``loss_type`` also takes "plackett_luce", the list objective for ranked data.
+    """
+
+    def check(self) -> None:
+        super().check()
+        for loss_type in self.loss_type:
+            if loss_type not in DPO_LOSSES and loss_type != LIST_LOSS:
+                known = ", ".join([*sorted(DPO_LOSSES), LIST_LOSS])
+                raise ValueError(f"unknown loss_type {loss_type!r}: choose from {known}")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"{len(self.loss_type)} loss types ({', '.join(self.loss_type)}), but {len(self.loss_weights)} "
+                "loss_weights: give one weight for each"
+            )
+        if LIST_LOSS in self.loss_type:
+            self._check_list_loss()
+        if "exo_pair" in self.loss_type and not 0 < self.label_smoothing < 0.5:
+            raise ValueError(f"loss_type 'exo_pair' needs 0 < label_smoothing < 0.5, got {self.label_smoothing}")
+        if "robust" in self.loss_type and not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"loss_type 'robust' needs 0 <= label_smoothing < 0.5, got {self.label_smoothing}")
+        readers = OPTION_READERS["f_divergence_type"]
+        if self.f_divergence_type != "reverse_kl" and (others := sorted(set(self.loss_type) - readers)):
+            raise ValueError(
+                f"f_divergence_type {self.f_divergence_type!r} cannot be combined with loss_type {', '.join(others)}"
+            )
+        if self.use_weighting and (mixing := [name for name in self.loss_type if name.startswith("aot")]):
+            raise ValueError(f"use_weighting=True cannot be combined with loss_type {', '.join(mixing)}")
+
+    def _check_list_loss(self) -> None:
+        if len(self.loss_type) > 1:
+            raise ValueError(f"loss_type {LIST_LOSS!r} is a loss of lists and cannot be mixed with losses of pairs")
+        for name, off in (("ld_alpha", None), ("use_weighting", False), ("pair_weighting", "pair")):
+            if getattr(self, name) != off:
+                raise ValueError(f"{name}={getattr(self, name)!r} is about pairs: loss_type {LIST_LOSS!r} has none")
+
+    def unused_options(self) -> Iterator[tuple[str, str]]:
+        yield from super().unused_options()
+        losses = ", ".join(self.loss_type)
+        for name, readers in OPTION_READERS.items():
+            if self._is_set(name) and not readers.intersection(self.loss_type):
+                yield name, f"loss_type {losses} does not read it"
+        if self._is_set("f_alpha_divergence_coef") and self.f_divergence_type != "alpha_divergence":
+            yield "f_alpha_divergence_coef", f"f_divergence_type is {self.f_divergence_type}"
+
+
+@dataclass
+class ORPOConfig(RankedArguments, trl.experimental.orpo.ORPOConfig):
+    """TRL's `ORPOConfig` with the same names and defaults, and the fields of `RankedArguments`."""
+
+
+@dataclass
+class CPOConfig(RankedArguments, trl.experimental.cpo.CPOConfig):
+    """TRL's `CPOConfig` with the same names and defaults, and the fields of `RankedArguments`."""
+
+    def check(self) -> None:
+        super().check()
+        if self.loss_type not in CPO_LOSSES:
+            raise ValueError(f"unknown loss_type {self.loss_type!r}: choose from {', '.join(CPO_LOSSES)}, alphapo")
+
+    def unused_options(self) -> Iterator[tuple[str, str]]:
+        yield from super().unused_options()
+        if self._is_set("simpo_gamma") and self.loss_type != "simpo":
+            yield "simpo_gamma", f"loss_type {self.loss_type} does not read it"
+        if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
+            yield "label_smoothing", f"loss_type {self.loss_type} does not read it"
+
+
+@dataclass
+class TPOConfig(TreeArguments, trl.experimental.tpo.TPOConfig):
+    """TRL's `TPOConfig` with the same names and defaults, and the fields of `TreeArguments`."""
+
+    def check(self) -> None:
+        super().check()
+        if self.loss_type not in TPO_LOSSES:
+            raise ValueError(f"unknown loss_type {self.loss_type!r}: choose from {', '.join(TPO_LOSSES)}")
+
+    def unused_options(self) -> Iterator[tuple[str, str]]:
+        yield from super().unused_options()
+        if self._is_set("tpo_l_gamma") and self.loss_type != "tpo-l":
+            yield "tpo_l_gamma", f"loss_type {self.loss_type} does not read it"
+        if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
+            yield "label_smoothing", f"loss_type {self.loss_type} does not read it"
+
+
+@dataclass
+class KTOConfig(ReferenceArguments, trl.KTOConfig):
+    """TRL's `KTOConfig` with the same names and defaults, the fields of `ReferenceArguments`, and the one below."""
+
+    keep_prompts_together: bool = field(
+        default=True,
+        metadata={
+            "help": "Put the answers to one prompt one behind the other, in the order of the prompts, so that a micro-batch "
+            "holds them together and computes the prompt once; prompts with a single answer are an error. False leaves "
+            "the data in TRL's order, where hardly anything is shared."
+        },
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.loss_type not in KTO_LOSSES:
+            raise ValueError(f"unknown loss_type {self.loss_type!r}: choose from {', '.join(KTO_LOSSES)}")
+
+
+@dataclass
+class RewardConfig(RankedArguments, trl.RewardConfig):
+    """TRL's `RewardConfig` with the same names and defaults, and the fields of `RankedArguments`."""
+
+
+C = TypeVar("C", bound=TreeArguments)
+
+
+def upgrade(args: Any, config_class: type[C]) -> C:
+    """TRL's own config, for users who change only the trainer's import: ours with the defaults of our fields.
+
+    Raises:
+        TypeError: if it is the config of another trainer.
+    """
+    theirs = next(base for base in config_class.__mro__ if base.__module__.startswith("trl."))
+    if not isinstance(args, theirs):
+        raise TypeError(f"args must be a {config_class.__name__} (preftree's or TRL's), got {type(args).__name__}")
+    config = config_class.__new__(config_class)
+    fields = dataclasses.fields(config_class)
+    vars(config).update({own.name: own.default for own in fields if not hasattr(args, own.name)})
     vars(config).update(vars(args))
     config.check()
     return config

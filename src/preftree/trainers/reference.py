@@ -10,12 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
-_FORMAT = "preftree reference log-probabilities 1"
+_FORMAT = "preftree reference log-probabilities 2"
+
+# Where the values of a ranked example's responses stand, a list for each example.
+COLUMN = "ref_logps"
 
 
 def content_key(model_hash: str, examples: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
@@ -23,16 +27,20 @@ def content_key(model_hash: str, examples: Iterable[Mapping[str, Any]], settings
 
     Args:
         model_hash: hash of the reference's weights.
-        examples: tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), in order.
+        examples: the tokenised columns that the values are computed from, in order.
         settings: what else changes the values: configuration, truncation, weighting, precision, versions.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps([_FORMAT, model_hash, dict(settings)], sort_keys=True).encode())
     for example in examples:
-        for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            ids = torch.tensor(example[field], dtype=torch.int64)
-            digest.update(len(ids).to_bytes(8, "little"))
-            digest.update(ids.numpy().tobytes())
+        for field in sorted(example):
+            value = example[field]
+            lists = value if value and isinstance(value[0], list) else [value]
+            digest.update(f"{field} {len(lists)}".encode())
+            for numbers in lists:
+                array = np.asarray(numbers)
+                digest.update(f"{array.dtype} {array.size}".encode())
+                digest.update(array.tobytes())
     return digest.hexdigest()
 
 
@@ -45,8 +53,8 @@ def arithmetic_of(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def load(path: Path, key: str, pairs: int) -> dict[str, torch.Tensor] | None:
-    """The cached columns, fp32 ``[pairs]`` each, or None if there are none that fit."""
+def load(path: Path, key: str, examples: int) -> dict[str, torch.Tensor] | None:
+    """The cached columns, fp32 ``[examples]`` or ``[examples, most responses]``, or None if there are none that fit."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -56,7 +64,7 @@ def load(path: Path, key: str, pairs: int) -> dict[str, torch.Tensor] | None:
     digest = _digest(columns)
     if metadata.get("key") != key or metadata.get("digest") != digest:
         return None
-    return columns if all(column.shape == (pairs,) for column in columns.values()) else None
+    return columns if all(len(column) == examples for column in columns.values()) else None
 
 
 def save(path: Path, key: str, columns: Mapping[str, torch.Tensor]) -> None:
@@ -87,9 +95,21 @@ def default_directory() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "preftree_ref_logps"
 
 
-def columns_of(chosen: Sequence[torch.Tensor], rejected: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The two columns from what the batches gave."""
-    return {
-        "ref_chosen_logps": torch.cat(list(chosen)).float().cpu(),
-        "ref_rejected_logps": torch.cat(list(rejected)).float().cpu(),
-    }
+def join(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The columns from what the batches gave; tables of different widths are filled up with NaN."""
+    columns = {}
+    for name in parts[0]:
+        values = [part[name].float().cpu() for part in parts]
+        if values[0].ndim == 2:
+            width = max(table.shape[1] for table in values)
+            pad = torch.nn.functional.pad
+            values = [pad(table, (0, width - table.shape[1]), value=float("nan")) for table in values]
+        columns[name] = torch.cat(values)
+    return columns
+
+
+def rows_of(column: torch.Tensor) -> list[Any]:
+    """A column for a data set: numbers, or a list of numbers for each example."""
+    if column.ndim == 1:
+        return column.tolist()
+    return [values[~values.isnan()].tolist() for values in column]

@@ -1,4 +1,4 @@
-"""One micro-batch, row by row: what the loss of all its rows is made of, and its metrics."""
+"""One micro-batch, row by row: what the loss of all its rows is made of, and what its metrics are made of."""
 
 from __future__ import annotations
 
@@ -9,98 +9,135 @@ from typing import Any
 import torch
 
 from preftree.logprobs import SequenceLogps, sum_by_sequence
-from preftree.objectives import Pairs, completion_weights
+from preftree.objectives import completion_weights
 from preftree.packing import PackedRow
+
+Members = dict[str, torch.Tensor]
 
 
 @dataclass
 class MicroBatch:
     """The rows of a micro-batch and, filled in row by row, what each of its sequences gave.
 
-    Sequence ``2 i`` is pair ``i``'s chosen one, ``2 i + 1`` its rejected one. Tensors are fp32 ``[2 pairs]``, detached.
+    A unit is what the objective gives one loss for: a pair, or a single completion. It names one sequence for each side.
 
     Attributes:
         rows: the rows to run.
-        pairs: pairs in the micro-batch, over all rows.
+        members: for each row, its units (see `TreeCollator`).
+        weights: fp32 ``[units]``, of the units in the loss.
+        lists: ranked lists in the micro-batch.
+        tokens: scored tokens of each side over all units and rows.
         num_tokens: tokens of all sequences, the prompt counted in each.
-        chosen_tokens: scored tokens of the chosen completions, over all rows.
-        given_reference: cached reference log-probabilities ``[2 pairs]``, or None.
+        group_sizes: how many sequences each example of the data has.
+        reference: fp32 ``[sequences]``, cached reference log-probabilities, or None.
+        columns: numbers of the data, fp32 ``[examples]`` each.
         gradient: the gradient of a loss that is no sum over rows, where a first pass has found it.
-        values: what has been recorded of each sequence, by name.
-        aux_loss: a mixture of experts' auxiliary loss, where it is asked for.
+        values: what has been recorded of each sequence, by name, detached ``[sequences]``.
+        scalars: what has been recorded of the micro-batch as a whole.
     """
 
     rows: list[PackedRow]
-    pairs: int
+    members: list[Members]
+    weights: torch.Tensor
+    lists: int
+    tokens: dict[str, int]
     num_tokens: int
-    chosen_tokens: int
-    given_reference: torch.Tensor | None = None
+    group_sizes: list[int]
+    reference: torch.Tensor | None = None
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
     gradient: Gradient | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)
-    aux_loss: torch.Tensor | None = None
+    scalars: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def from_inputs(cls, inputs: Mapping[str, Any]) -> MicroBatch:
+    def from_inputs(cls, inputs: Mapping[str, Any], columns: Sequence[str] = ()) -> MicroBatch:
         """From what `TreeCollator` gives."""
-        rows: list[PackedRow] = inputs["rows"]
-        reference = None
-        if "ref_chosen_logps" in inputs:
-            reference = torch.stack((inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]), dim=1).flatten()
-        return cls(rows, len(inputs["index"]), inputs["num_tokens"], inputs["chosen_tokens"], reference)
+        return cls(
+            rows=list(inputs["rows"]),
+            members=list(inputs["members"]),
+            weights=inputs["weights"],
+            lists=inputs["lists"],
+            tokens=inputs["tokens"],
+            num_tokens=inputs["num_tokens"],
+            group_sizes=inputs["group_sizes"],
+            reference=inputs.get("reference"),
+            columns={name: inputs[name] for name in columns if name in inputs},
+        )
+
+    @property
+    def units(self) -> int:
+        return self.weights.numel()
+
+    @property
+    def examples(self) -> int:
+        return len(self.group_sizes)
+
+    def add_empty(self, row: PackedRow) -> None:
+        """Put a row without sequences in front: it adds nothing, but takes part in what ranks do together."""
+        none = {name: indices[:0] for name, indices in self.members[0].items()}
+        self.rows.insert(0, row)
+        self.members.insert(0, none)
 
     def record(self, row: PackedRow, **values: torch.Tensor) -> None:
         """Keep per-sequence values of a row, ``[n]`` each."""
         for name, value in values.items():
             value = value.detach()
             if name not in self.values:
-                self.values[name] = torch.zeros(2 * self.pairs, dtype=value.dtype, device=value.device)
+                shape = (sum(self.group_sizes), *value.shape[1:])
+                self.values[name] = torch.zeros(shape, dtype=value.dtype, device=value.device)
             self.values[name][row.sequence_ids.to(value.device)] = value
 
-    def by_side(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Recorded values of chosen and rejected sequences, ``[pairs]`` each."""
-        return by_side(self.values[name])
+    def joined(self) -> Members:
+        """The members of all rows as those of one row that holds every sequence in order."""
+        parts = [
+            {
+                name: indices if name in ("unit", "sizes") else row.sequence_ids.to(indices.device)[indices]
+                for name, indices in members.items()
+            }
+            for row, members in zip(self.rows, self.members, strict=True)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def side(self, side: str, name: str) -> torch.Tensor:
+        """Recorded values of a side's sequences, ``[units]``, units in order."""
+        members = self.joined()
+        values = self.values[name]
+        return values[members[side][members["unit"].argsort()].to(values.device)]
 
 
 @dataclass
 class Terms:
-    """What a loss is computed from: ``n`` sequences (chosen, rejected, chosen, ...) of a row or a whole micro-batch.
+    """What a loss is computed from: the ``n`` sequences of a row or of a whole micro-batch.
 
     Attributes:
-        lengths: LongTensor ``[n]``, completion tokens.
-        logps: fp32 ``[n]``, the policy's log-probabilities as the loss takes them (LD-DPO: weighted sums).
-        plain: fp32 ``[n]``, its unweighted sums.
-        ref: fp32 ``[n]``, the reference's, as the loss takes them.
-        weights: fp32 ``[n]``, WPO's weights, or None.
-        expert_counts, expert_probs: fp32 ``[E]``, see `SequenceLogps`, or None.
+        members: their units.
+        values: by name, ``[n]``: "logps", "lengths", ...
+        totals: by name, sums over all tokens (see `SequenceLogps.expert_counts`).
     """
 
-    lengths: torch.Tensor
-    logps: torch.Tensor
-    plain: torch.Tensor
-    ref: torch.Tensor
-    weights: torch.Tensor | None = None
-    expert_counts: torch.Tensor | None = None
-    expert_probs: torch.Tensor | None = None
+    members: Members
+    values: dict[str, torch.Tensor]
+    totals: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def side(self, side: str, name: str) -> torch.Tensor:
+        """Values of a side's sequences, ``[units]``."""
+        values = self.values[name]
+        return values[self.members[side].to(values.device)]
 
     @classmethod
-    def join(cls, rows: Sequence[PackedRow], parts: Sequence[Terms]) -> Terms:
-        """The terms of several rows as those of one micro-batch, sequences in order."""
-        order = torch.cat([row.sequence_ids for row in rows]).argsort().to(parts[0].logps.device)
+    def join(cls, batch: MicroBatch, parts: Sequence[Terms]) -> Terms:
+        """The terms of a micro-batch's rows as those of the whole."""
+        order = torch.cat([row.sequence_ids for row in batch.rows]).argsort()
 
-        def by_sequence(values: list[Any]) -> Any:
-            return None if values[0] is None else torch.cat(values)[order]
-
-        def in_sum(values: list[Any]) -> Any:
-            return None if values[0] is None else torch.stack(values).sum(0)
+        def in_order(values: list[torch.Tensor]) -> torch.Tensor:
+            joined = torch.cat(values)
+            return joined[order.to(joined.device)]
 
         return cls(
-            *(by_sequence([getattr(part, name) for part in parts]) for name in _BY_SEQUENCE),
-            *(in_sum([getattr(part, name) for part in parts]) for name in _BY_EXPERT),
+            batch.joined(),
+            {name: in_order([part.values[name] for part in parts]) for name in parts[0].values},
+            {name: torch.stack([part.totals[name] for part in parts]).sum(0) for name in parts[0].totals},
         )
-
-
-_BY_SEQUENCE = ("lengths", "logps", "plain", "ref", "weights")
-_BY_EXPERT = ("expert_counts", "expert_probs")
 
 
 @dataclass
@@ -109,36 +146,52 @@ class Gradient:
 
     Attributes:
         loss: the loss, detached.
-        logps, plain: ``[2 pairs]``, by each sequence's log-probabilities.
-        expert_probs: ``[E]``, or None.
+        values: by each sequence's values, ``[sequences]``.
+        totals: by the totals.
     """
 
     loss: torch.Tensor
-    logps: torch.Tensor
-    plain: torch.Tensor
-    expert_probs: torch.Tensor | None = None
+    values: dict[str, torch.Tensor]
+    totals: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, loss: Callable[[Terms], torch.Tensor], whole: Terms) -> Gradient:
         """Of a function of the whole micro-batch's terms."""
-        names = [name for name in ("logps", "plain", "expert_probs") if getattr(whole, name) is not None]
-        leaves = {name: getattr(whole, name).detach().requires_grad_() for name in names}
+        leaves = {
+            (kind, name): value.detach().requires_grad_()
+            for kind, named in (("values", whole.values), ("totals", whole.totals))
+            for name, value in named.items()
+            if value.is_floating_point()
+        }
+        values = whole.values | {name: leaf for (kind, name), leaf in leaves.items() if kind == "values"}
+        totals = whole.totals | {name: leaf for (kind, name), leaf in leaves.items() if kind == "totals"}
         with torch.enable_grad():
-            value = loss(Terms(**{**vars(whole), **leaves}))
-            gradients = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-        return cls(value.detach(), **dict(zip(leaves, gradients, strict=True)))
+            result = loss(Terms(whole.members, values, totals))
+            gradients = torch.autograd.grad(result, list(leaves.values()), materialize_grads=True)
+        found = dict(zip(leaves, gradients, strict=True))
+        return cls(
+            result.detach(),
+            {name: gradient for (kind, name), gradient in found.items() if kind == "values"},
+            {name: gradient for (kind, name), gradient in found.items() if kind == "totals"},
+        )
 
-    def linear(self, row: PackedRow, out: SequenceLogps, logps: torch.Tensor) -> torch.Tensor:
+    def linear(self, row: PackedRow, terms: Terms) -> torch.Tensor:
         """A function of one row's terms that has the loss's gradient; summed over rows it is its linear part."""
-        sequences = row.sequence_ids
-        value = (self.logps[sequences] * logps).sum() + (self.plain[sequences] * out.logps).sum()
-        if self.expert_probs is not None:
-            value = value + (self.expert_probs * _given(out.expert_probs)).sum()
+        value = torch.zeros((), device=self.loss.device)
+        for name, own in terms.values.items():
+            if own.requires_grad:
+                value = value + (self.values[name][row.sequence_ids.to(own.device)] * own).sum()
+        for name, own in terms.totals.items():
+            if own.requires_grad:
+                value = value + (self.totals[name] * own).sum()
         return value
 
 
 def weighted_logps(out: SequenceLogps, ld_alpha: float | None) -> torch.Tensor:
-    """Sequence log-probabilities ``[n]``, LD-DPO's weights applied where asked for; differentiable."""
+    """Sequence log-probabilities ``[n]``, LD-DPO's weights applied where asked for; differentiable.
+
+    LD-DPO's sequences are those of pairs: chosen, rejected, chosen, ... (`Layout.per_pair`).
+    """
     token_logps, lengths = out.token_logps, out.lengths
     if ld_alpha is None or token_logps is None or lengths is None or not lengths.numel():
         return out.logps
@@ -164,57 +217,6 @@ def statistics(out: SequenceLogps) -> dict[str, torch.Tensor]:
         "mean_logits": sum_by_sequence(_given(out.mean_logits), lengths),
         "top1": sum_by_sequence(_given(out.is_top1).float(), lengths),
     }
-
-
-def by_side(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of sequences (chosen, rejected, chosen, ...) ``[n]`` as chosen and rejected, ``[n / 2]`` each."""
-    return values[0::2], values[1::2]
-
-
-def pairs_of(batch: MicroBatch, terms: Terms) -> Pairs:
-    """A row's or micro-batch's sequences as pairs for the objectives."""
-    return Pairs(
-        *by_side(terms.logps),
-        *by_side(terms.ref),
-        *by_side(terms.lengths),
-        chosen_plain=by_side(terms.plain)[0],
-        tokens_per_chosen=batch.chosen_tokens / batch.pairs,
-    )
-
-
-def metrics(batch: MicroBatch, beta: float, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-    """TRL's metrics of one micro-batch, from its whole record: they do not depend on how it was cut into rows.
-
-    Args:
-        gather: collects tensors of all ranks along their first dimension.
-    """
-    chosen, rejected = batch.by_side("logps")
-    ref_chosen, ref_rejected = batch.by_side("ref")
-    chosen_rewards, rejected_rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-    sums = [torch.stack(batch.by_side(name)).sum(1) for name in ("tokens", "entropy", "mean_logits", "top1")]
-    # [metric, side], summed over ranks: token metrics weigh by tokens, the others by pairs.
-    tokens, entropy, mean_logits, top1 = gather(torch.stack(sums)[None]).sum(0)
-    result = {
-        "entropy": _ratio(entropy.sum(), tokens.sum()),
-        "logits/chosen": _ratio(mean_logits[0], tokens[0]),
-        "logits/rejected": _ratio(mean_logits[1], tokens[1]),
-        "mean_token_accuracy": _ratio(top1[0], tokens[0]),
-    }
-    by_pair = {
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
-        "rewards/margins": chosen_rewards - rejected_rewards,
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-    }
-    if batch.aux_loss is not None:
-        by_pair["aux_loss"] = batch.aux_loss[None]
-    return result | {name: gather(values).mean().item() for name, values in by_pair.items()}
-
-
-def _ratio(total: torch.Tensor, count: torch.Tensor) -> float:
-    return (total / count).item() if count > 0 else 0.0
 
 
 def _given(value: torch.Tensor | None) -> torch.Tensor:

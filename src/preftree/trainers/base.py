@@ -1,0 +1,408 @@
+"""`TreeTrainer`: what preftree's trainers have in common. Each adds its objective, its metrics and TRL's defaults."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, Trainer
+from trl.trainer.utils import get_config_model_id
+
+from preftree.logprobs import sequence_logps
+from preftree.models import prepare_model, prepared_part
+from preftree.models.refusals import active_dropout, disable_dropout
+from preftree.objectives import load_balancing
+from preftree.packing import PackedRow, empty_row
+from preftree.trainers.checks import (
+    PAIR_FIELDS,
+    ExampleCheck,
+    check_columns,
+    check_raw,
+    check_tokenised,
+    check_weights,
+    vocabulary_of,
+)
+from preftree.trainers.collator import TreeCollator
+from preftree.trainers.config import upgrade
+from preftree.trainers.groups import RANKED_COLUMNS, Layout
+from preftree.trainers.ranked import flatten, regroup
+from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
+
+
+class TreeTrainer(Trainer):
+    """A trainer of TRL's (the class that stands behind this one among the bases) on packed rows of token trees.
+
+    A micro-batch's examples are merged into trees and packed into rows (`TreeArguments.row_length`), which run one after
+    the other; their gradients add up to those of TRL's padded batch. Data preparation, accumulation, evaluation,
+    checkpoints, distribution and logging are TRL's and transformers' own.
+
+    Class attributes:
+        config_class: preftree's config; TRL's own is taken too.
+        fields: columns of the raw data that an example is made of, beside the prompt.
+        takes_ranked: whether the data may be ranked completions instead.
+        cuts_at_max_length: whether TRL cuts what is longer (else it leaves it out).
+        predicts_logits: whether `predict` and `compute_metrics` are given the logits of whole sequences.
+        columns: numbers of an example that the objective needs.
+        reference_columns: where data keep the reference's log-probabilities.
+    """
+
+    model: Any
+    args: Any
+    _tokenizer: Any
+    _total_train_tokens: int
+    config_class: type[Any]
+    fields: tuple[str, ...] = PAIR_FIELDS
+    takes_ranked = True
+    cuts_at_max_length = True
+    predicts_logits = True
+    columns: tuple[str, ...] = ()
+    reference_columns: tuple[str, ...] = ()
+
+    if TYPE_CHECKING:  # what TRL's class behind this one has
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(self, *args, **kwargs):
+        signature = inspect.signature(super().__init__)
+        if kwargs.get("ref_model") is not None and "ref_model" not in signature.parameters:
+            raise ValueError(f"{type(self).__name__} compares with no reference: leave ref_model out")
+        given = signature.bind(*args, **kwargs).arguments
+        self._check_arguments(given)
+        # TRL's constructor already computes reference log-probabilities, so what that needs is set before it runs.
+        self._vocabulary = self._vocabulary_of(given)
+        self._user_collator = given.get("data_collator") is not None
+        self._batch: MicroBatch | None = None
+        # What training has computed so far on this rank: examples, rows, row_tokens (padding included), tokens, and
+        # unshared_tokens (what the same sequences hold one by one).
+        self.computed: Counter[str] = Counter()
+        self._construct(given)
+        if isinstance(given["model"], str):
+            check_weights(self.model, "model")
+        self._prepare_for_trees()
+
+    # --------------------------------------------------------------------------------------------- of each trainer
+
+    @classmethod
+    def layout(cls, args: Any) -> Layout:
+        """How an example is read."""
+        raise NotImplementedError
+
+    def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
+        """The share of these sequences in the micro-batch's loss."""
+        raise NotImplementedError
+
+    def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
+        """What TRL logs of a micro-batch."""
+        raise NotImplementedError
+
+    @property
+    def _additive(self) -> bool:
+        """Whether the objective is a sum over rows."""
+        return True
+
+    @property
+    def _aux_coefficient(self) -> float | None:
+        """Weight of a mixture of experts' auxiliary loss, None without."""
+        return self.router_aux_loss_coef if getattr(self, "aux_loss_enabled", False) else None
+
+    def _begin(self, model, batch: MicroBatch, inputs: Mapping[str, Any]) -> None:
+        """Find what the objective needs of the whole micro-batch before any of its rows runs."""
+
+    def _more_terms(self, batch: MicroBatch, row: PackedRow, out: Any) -> dict[str, torch.Tensor]:
+        """What the objective needs beyond the policy's log-probabilities, ``[n]`` each."""
+        return {}
+
+    # ------------------------------------------------------------------------------------------------ preparation
+
+    def _check_arguments(self, given: dict[str, Any]) -> None:
+        """Complete and check what the constructor was given."""
+        model, args = given["model"], given.get("args")
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
+        elif not isinstance(args, self.config_class):
+            args = upgrade(args, self.config_class)
+        given["args"] = args
+        args.warn_of_unused_options()
+        if args.neftune_noise_alpha is not None:
+            raise NotImplementedError(
+                f"neftune_noise_alpha={args.neftune_noise_alpha}: a shared prefix would get one noise where separate "
+                "sequences get several, of a size that depends on the padded length; leave it unset"
+            )
+        for name in ("model", "ref_model"):
+            if isinstance(given.get(name), torch.nn.Module):
+                check_weights(given[name], name)
+        train_dataset = given.get("train_dataset")
+        if train_dataset is not None and (sample := next(iter(train_dataset), None)) is not None:
+            self.text_fields(sample, "train dataset")
+
+    @classmethod
+    def text_fields(cls, columns: Iterable[str] | None, source: str) -> tuple[str, ...]:
+        """The columns, beside the prompt, whose text or messages make an example of data with these columns.
+
+        Raises:
+            ValueError: if columns are missing or exclude each other, naming ``source``.
+            NotImplementedError: for images.
+        """
+        check_columns(columns, source, cls.fields, cls.takes_ranked)
+        return cls.fields
+
+    def _vocabulary_of(self, given: dict[str, Any]) -> int:
+        return vocabulary_of(given["model"], given["args"])
+
+    def _construct(self, given: dict[str, Any]) -> None:
+        super().__init__(**given)
+
+    @classmethod
+    def tokenize(cls, dataset: Dataset, tokenizer: Any, args: Any, vocabulary: int) -> Dataset:
+        """A data set checked and tokenised as for training, without a model.
+
+        Raises:
+            ValueError: for bad data, naming row and field.
+        """
+        trainer = cls.__new__(cls)
+        trainer._tokenizer, trainer._vocabulary = tokenizer, vocabulary
+        return trainer._prepare_dataset(dataset, tokenizer, args, "train")
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        # TRL would leave out in silence what max_length leaves no completion of; the check says which and how many.
+        unlimited = copy.copy(args)
+        unlimited.max_length = None
+        raw = self._raw(dataset, processing_class, args, dataset_name)
+        tokenised = super()._prepare_dataset(raw, processing_class, unlimited, dataset_name)
+        return self._checked(tokenised, args, source_of(dataset, dataset_name), "completions" in columns_of(dataset))
+
+    def _raw(self, dataset, processing_class, args, dataset_name):
+        """The data set checked, in the form that TRL tokenises."""
+        source = source_of(dataset, dataset_name)
+        columns = columns_of(dataset)
+        chat_template = getattr(processing_class, "chat_template", None) is not None
+        ties = getattr(args, "ties", "error")
+        dataset = check_raw(dataset, source, chat_template, self.text_fields(columns, source), ties)
+        return flatten(dataset, ties) if "completions" in columns else dataset
+
+    def _checked(self, dataset, args, source: str, ranked: bool):
+        """The tokenised data set, checked."""
+        layout = self.layout(args)
+        check = ExampleCheck(
+            source,
+            vocabulary=self._vocabulary,
+            layout=layout,
+            row_length=args.row_length,
+            overlong=args.overlong,
+            share_prefixes=args.share_prefixes,
+            cuts=self.cuts_at_max_length,
+        )
+        return check_tokenised(regroup(dataset, layout) if ranked else dataset, check)
+
+    def _prepare_for_trees(self) -> None:
+        """Prepare policy and reference, and put the collator in place; does nothing the second time."""
+        for part in (self.model, getattr(self, "ref_model", None)):
+            if part is None or prepared_part(part) is not None:
+                continue
+            if self.args.disable_dropout:
+                disable_dropout(part)
+            elif (found := next(active_dropout(part), None)) is not None:
+                raise ValueError(
+                    f"disable_dropout=False, but {found[0] or 'the model'} has dropout {found[2]}: a shared prefix cannot "
+                    "reproduce separate dropout masks"
+                )
+            prepare_model(self.accelerator.unwrap_model(part, keep_torch_compile=False), self.args.attention_backend)
+        if not isinstance(self.data_collator, TreeCollator):
+            self._padded = self.data_collator
+            self._trees = self._make_collator()
+            if not self._user_collator:
+                self.data_collator = self._trees
+
+    def _make_collator(self) -> TreeCollator:
+        return TreeCollator(
+            pad_token_id=self._pad_token_id,
+            layout=self.layout(self.args),
+            row_length=self.args.row_length,
+            static=self.args.device.type == "cuda",
+            share_prefixes=self.args.share_prefixes,
+            columns=self.columns,
+            reference_columns=self.reference_columns,
+            padded=self._padded if self.compute_metrics is not None and self.predicts_logits else None,
+        )
+
+    @property
+    def _pad_token_id(self) -> int:
+        tokenizer: Any = getattr(self, "_tokenizer", self.processing_class)
+        return tokenizer.pad_token_id
+
+    def _set_signature_columns_if_needed(self) -> None:
+        first = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if first and self._signature_columns is not None:
+            self._signature_columns += [*RANKED_COLUMNS, "ref_logps"]
+
+    # ------------------------------------------------------------------------------------------------------ steps
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        batch = self._batch = self._micro_batch(inputs)
+        self._begin(model, batch, inputs)
+        if len(batch.rows) > 1 and not (self._additive and self._aux_coefficient is None):
+            # The loss is no sum over rows: a first pass without gradients finds its gradient by what they add up to.
+            with torch.no_grad():
+                whole = self._run(model, batch)
+            batch.gradient = Gradient.of(partial(self._loss, batch), whole)
+        loss = torch.zeros((), device=self.args.device)
+        for number in range(len(batch.rows)):
+            # Gradients are exchanged between ranks once, with the last row.
+            last = number == len(batch.rows) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, {"row": number}, num_items_in_batch)
+        if batch.gradient is not None:
+            loss = batch.gradient.loss / self.current_gradient_accumulation_steps
+        self._log_metrics(batch, "train")
+        self._count(batch)
+        self._batch = None
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "row" in inputs and self._batch is not None:
+            return self._row_loss(model, self._batch, inputs["row"])
+        batch = self._micro_batch(inputs)
+        self._begin(model, batch, inputs)
+        loss = self._loss(batch, self._run(model, batch))
+        self._log_metrics(batch, "train" if self.model.training else "eval")
+        return (loss, self._outputs(model, inputs, batch)) if return_outputs else loss
+
+    def _outputs(self, model, inputs, batch: MicroBatch) -> Any:
+        """What `compute_metrics` and `predict` are given: the padded batch's logits."""
+        warnings.warn(
+            "`compute_metrics` and `predict` are given the logits of whole sequences, which are computed for them with an "
+            "extra, unshared forward pass.",
+            FutureWarning,
+            stacklevel=3,
+        )
+        padded = inputs["padded"]
+        inputs["input_ids"] = padded["input_ids"]  # `prediction_step` hands these to compute_metrics as labels
+        with torch.no_grad():
+            return model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False)
+
+    def predict(self, *args, **kwargs):
+        # Predictions are logits of whole sequences: batches must hold these too.
+        given = self._trees.padded
+        self._trees.padded = self._padded if self.predicts_logits else None
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self._trees.padded = given
+
+    def _micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
+        if "rows" not in inputs:  # a collator of the user's, in TRL's padded format
+            inputs.update(self._trees.from_padded(inputs))
+        return self._aligned(MicroBatch.from_inputs(self._prepare_inputs(inputs), self.columns))
+
+    def _aligned(self, batch: MicroBatch) -> MicroBatch:
+        """With as many rows as on every other rank: collectives inside the model would wait for ever otherwise."""
+        if self.args.world_size > 1:
+            count = torch.tensor([len(batch.rows)], device=self.args.device)
+            most = int(self.accelerator.gather(count).max())
+            for _ in range(most - len(batch.rows)):
+                batch.add_empty(empty_row(len(batch.rows[0]), self._pad_token_id))
+        return batch
+
+    def _row_loss(self, model, batch: MicroBatch, number: int) -> torch.Tensor:
+        """The row's share of the micro-batch's loss."""
+        terms = self._terms(model, batch, number, again=batch.gradient is not None)
+        if batch.gradient is None:
+            return self._loss(batch, terms)
+        return batch.gradient.linear(batch.rows[number], terms)
+
+    def _run(self, model, batch: MicroBatch) -> Terms:
+        """The terms of all rows, as those of the whole micro-batch."""
+        return Terms.join(batch, [self._terms(model, batch, number) for number in range(len(batch.rows))])
+
+    def _terms(self, model, batch: MicroBatch, number: int, again: bool = False) -> Terms:
+        """What the model gives for one row; what metrics need goes into the micro-batch's record.
+
+        Args:
+            again: the row has run before, so only what has a gradient is wanted.
+        """
+        row = batch.rows[number]
+        out = sequence_logps(model, row, statistics=not again, experts=self._aux_coefficient is not None)
+        row = row.to(self.args.device)
+        values = self._policy_terms(row, out)
+        if not again:
+            values |= self._more_terms(batch, row, out)
+            batch.record(row, **values, **statistics(out))
+        totals = {"expert_counts": out.expert_counts, "expert_probs": out.expert_probs}
+        return Terms(batch.members[number], values, {name: v for name, v in totals.items() if v is not None})
+
+    def _policy_terms(self, row: PackedRow, out: Any) -> dict[str, torch.Tensor]:
+        """The policy's share of the terms, ``[n]`` each."""
+        return {"logps": out.logps, "lengths": row.completion_lengths, "scored": row.scored_lengths}
+
+    def _loss(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
+        """The share of these sequences in the micro-batch's loss, the auxiliary loss of experts included."""
+        loss = self._objective(batch, terms)
+        if self._aux_coefficient is not None:
+            aux_loss = load_balancing(terms.totals["expert_counts"], terms.totals["expert_probs"])
+            batch.scalars["aux_loss"] = aux_loss.detach()
+            loss = loss + self._aux_coefficient * aux_loss
+        return loss
+
+    def _weights(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
+        """Weights ``[units]`` with which the losses of these units add up to the micro-batch's."""
+        return batch.weights.to(self.args.device)[terms.members["unit"].to(self.args.device)]
+
+    # ---------------------------------------------------------------------------------------------------- metrics
+
+    def _count(self, batch: MicroBatch) -> None:
+        """Count what training computes, and would compute unshared, on this rank."""
+        self.computed["examples"] += batch.examples
+        self.computed["rows"] += len(batch.rows)
+        self.computed["row_tokens"] += sum(len(row) for row in batch.rows)
+        self.computed["tokens"] += sum(row.num_tokens for row in batch.rows)
+        self.computed["unshared_tokens"] += batch.num_tokens
+
+    def _log_metrics(self, batch: MicroBatch, mode: str) -> None:
+        for name, value in self._metrics_of(batch).items():
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            self._total_train_tokens += self._over_ranks(batch.num_tokens) // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _over_ranks(self, count: int) -> int:
+        """Sum of a number over all ranks."""
+        return int(self.accelerator.gather(torch.tensor([count], device=self.args.device)).sum())
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        """`include_num_input_tokens_seen`: the tokens of TRL's padded batch, or ("non_padding") of its sequences."""
+        if "rows" not in inputs or self.args.include_num_input_tokens_seen == "no":
+            return super()._track_num_input_tokens(inputs)
+        count = inputs["num_tokens"]
+        if self.args.include_num_input_tokens_seen != "non_padding":
+            longest = max(int(row.sequence_lengths.max()) for row in inputs["rows"])
+            multiple = getattr(self._padded, "pad_to_multiple_of", None) or 1
+            count = len(inputs["weights"]) * len(self._trees.layout.sides) * -(-longest // multiple) * multiple
+        self.state.num_input_tokens_seen += self._over_ranks(count)
+        return None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 operations per parameter and computed token; attention's own are left out, as transformers does."""
+        if "rows" not in inputs:
+            return super().floating_point_ops(inputs)
+        model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
+        return 6 * sum(row.num_tokens for row in inputs["rows"]) * model.num_parameters(exclude_embeddings=True)
+
+
+def source_of(dataset: Dataset | IterableDataset, name: str) -> str:
+    """What messages call a data set."""
+    file = dataset.info.dataset_name
+    return f"{name} dataset ({file})" if file else f"{name} dataset"
+
+
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
+    return dataset.column_names or list(next(iter(dataset), {}))

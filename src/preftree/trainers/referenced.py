@@ -1,0 +1,128 @@
+"""`ReferencedTrainer`: objectives that compare with a reference model, computed in the same packed rows or cached on disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import hash_module, use_adapter
+
+from preftree.logprobs import sequence_logps
+from preftree.packing import PackedRow
+from preftree.trainers import reference
+from preftree.trainers.base import TreeTrainer
+from preftree.trainers.step import MicroBatch, weighted_logps
+from preftree.version import __version__
+
+
+class ReferencedTrainer(TreeTrainer):
+    """Adds the reference's log-probabilities to the terms of a loss."""
+
+    ld_alpha: float | None = None
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[torch.nn.Module]:
+        """The reference: a second model, or the policy with its adapter off (or the adapter it started from on)."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
+            stack.enter_context(self.accelerator.autocast())
+            model = self.ref_model
+            if model is None:
+                model = self.model
+                peft_model = self.accelerator.unwrap_model(self.model)
+                if hasattr(peft_model, "disable_adapter"):
+                    adapter = "ref" if "ref" in peft_model.peft_config else None
+                    stack.enter_context(use_adapter(peft_model, adapter_name=adapter))
+            yield model
+
+    def _reference_logps(self, row: PackedRow, batch: MicroBatch) -> torch.Tensor:
+        """The reference's log-probabilities of the row's sequences ``[n]``, cached ones where the data have them."""
+        if not self.precompute_ref_logps:
+            return self._run_row_of_reference(row)
+        if batch.reference is None:
+            raise ValueError(
+                f"precompute_ref_log_probs=True, but the batch has no {' and '.join(self.reference_columns)}: a data "
+                "collator must hand these columns on"
+            )
+        return batch.reference.to(self.args.device)[row.sequence_ids]
+
+    def _run_row_of_reference(self, row: PackedRow) -> torch.Tensor:
+        with self._as_reference() as model:
+            return weighted_logps(sequence_logps(model, row), self.ld_alpha)
+
+    def _reference_of(self, batch: MicroBatch) -> list[torch.Tensor]:
+        """The reference's log-probabilities of each example's sequences."""
+        for row in batch.rows:
+            row = row.to(self.args.device)
+            values = self._run_row_of_reference(row)
+            if row.num_sequences:
+                batch.record(row, ref=values)
+        return list(batch.values["ref"].split(batch.group_sizes))
+
+    def _reference_columns(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The columns to cache for a collated batch: ``[examples]`` each, or ``[examples, most responses]``, NaN behind."""
+        by_example = self._reference_of(self._micro_batch(dict(inputs)))
+        if len(self.reference_columns) == 1 or len(by_example[0]) != len(self.reference_columns):
+            table = torch.nn.utils.rnn.pad_sequence(by_example, batch_first=True, padding_value=float("nan"))
+            return {reference.COLUMN: table}
+        table = torch.stack(by_example)
+        return dict(zip(self.reference_columns, table.unbind(1), strict=True))
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if isinstance(dataset, IterableDataset):
+            return getattr(super(), "_precompute_ref_logps")(dataset, name, batch_size)  # noqa: B009  # raises
+        self._prepare_for_trees()
+        args = self.args
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        settings = {
+            "config": reference.arithmetic_of(model.config),
+            "max_length": args.max_length,
+            "truncation_mode": self._trees.layout.truncation_mode,
+            "ld_alpha": self.ld_alpha,
+            "precision": self.accelerator.mixed_precision,
+            "dtype": str(next(model.parameters()).dtype),
+            "device": args.device.type,
+            "versions": [__version__, torch.__version__],
+        }
+        examples = dataset.select_columns(self._columns_of_reference(dataset))
+        key = reference.content_key(self._precompute_model_hash or hash_module(model), examples, settings)
+        path = Path(args.ref_logps_cache_dir or reference.default_directory()) / f"{key}.safetensors"
+        columns = reference.load(path, key, len(dataset))
+        if columns is None:
+            columns = self._run_reference(examples, name, batch_size)
+            if self.accelerator.is_main_process:
+                reference.save(path, key, columns)
+            self.accelerator.wait_for_everyone()
+        for column, values in columns.items():
+            dataset = dataset.add_column(column, reference.rows_of(values))
+        return dataset
+
+    def _columns_of_reference(self, dataset: Dataset) -> list[str]:
+        """The columns that the reference's log-probabilities are computed from."""
+        return self._trees.layout.token_columns(dataset.column_names)
+
+    def _run_reference(self, examples: Dataset, name: str, batch_size: int) -> dict[str, torch.Tensor]:
+        loader = torch.utils.data.DataLoader(
+            examples,
+            batch_size=batch_size,
+            collate_fn=self._trees,
+            num_workers=self.args.dataloader_num_workers,
+            shuffle=False,
+        )
+        loader = self.accelerator.prepare(loader)
+        parts: list[dict[str, torch.Tensor]] = []
+        was_training = self.model.training
+        self.model.eval()
+        for inputs in tqdm(loader, desc=f"Computing reference log probs for {name} dataset"):
+            columns = self._reference_columns(inputs)
+            padded = self.accelerator.pad_across_processes(columns, dim=1, pad_index=float("nan"))
+            parts.append(self.accelerator.gather_for_metrics(padded))
+        self.model.train(was_training)
+        return reference.join(parts)

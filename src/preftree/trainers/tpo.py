@@ -1,0 +1,67 @@
+"""`TPOTrainer`: TRL's, with the prompt of the three sequences of an example computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import trl.experimental.tpo
+
+from preftree.objectives import PER_TOKEN, TPO_LOSSES, LikelihoodOptions, Pairs, implicit_rewards
+from preftree.trainers.base import TreeTrainer
+from preftree.trainers.config import TPOConfig
+from preftree.trainers.groups import Layout
+from preftree.trainers.metrics import entropy, logit_metrics, pair_metrics, token_mean
+from preftree.trainers.step import MicroBatch, Terms
+
+
+class TPOTrainer(TreeTrainer, trl.experimental.tpo.TPOTrainer):
+    """TRL's `TPOTrainer` with the same arguments, columns, defaults, losses and metrics; prompts are computed once.
+
+    `reference` is a gold answer, not a model: three sequences share a prompt (two with ``tpo_alpha=0``).
+
+    Raises:
+        NotImplementedError: for a model or setting that cannot be computed exactly (see `preftree.prepare_model`).
+        ValueError: for bad data, naming row and field, for a reference model, and for weights that are not finite.
+    """
+
+    config_class = TPOConfig
+    fields = ("chosen", "rejected", "reference")
+    takes_ranked = False
+
+    @classmethod
+    def layout(cls, args: Any) -> Layout:
+        sides = cls.fields if args.tpo_alpha else cls.fields[:2]
+        return Layout(sides=sides, max_length=args.max_length, truncation_mode=args.truncation_mode)
+
+    def _options(self) -> LikelihoodOptions:
+        return LikelihoodOptions(self.beta, self.label_smoothing, self.tpo_l_gamma)
+
+    @staticmethod
+    def _pairs_of(source: MicroBatch | Terms) -> Pairs:
+        """The pairs of a row's terms, or of a micro-batch's record."""
+        return Pairs(
+            chosen=source.side("chosen", "logps"),
+            rejected=source.side("rejected", "logps"),
+            chosen_lengths=source.side("chosen", "scored"),
+            rejected_lengths=source.side("rejected", "scored"),
+        )
+
+    def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
+        losses = TPO_LOSSES[self.loss_type](self._pairs_of(terms), self._options())
+        loss = (self._weights(batch, terms) * losses).sum()
+        if self.tpo_alpha:
+            nll = -terms.side("reference", "logps").sum() / batch.tokens["reference"]
+            loss = loss + self.tpo_alpha * nll
+        return loss
+
+    def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
+        gather = self.accelerator.gather
+        per_token = self.loss_type in PER_TOKEN
+        chosen, rejected = implicit_rewards(self._pairs_of(batch), per_token, LikelihoodOptions())
+        return {
+            "entropy": entropy(batch, gather, self._trees.layout.sides),
+            "mean_token_accuracy": token_mean(batch, "chosen", "top1", gather),
+            **logit_metrics(batch, gather),
+            **pair_metrics(self.beta * chosen, self.beta * rejected, chosen, rejected, gather),
+        }
