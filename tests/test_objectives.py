@@ -1,11 +1,20 @@
 """Each loss and its gradient against a formula written here in plain Python floats, extremes included."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from preftree.objectives import DPO_LOSSES, DPOOptions, Pairs, completion_weights, load_balancing
+from preftree.objectives import (
+    DPO_LOSSES,
+    OPTION_READERS,
+    DPOOptions,
+    Pairs,
+    completion_weights,
+    load_balancing,
+    scores,
+)
 
 BETA, EPS, TAU = 0.3, 0.1, 0.05
 
@@ -51,7 +60,16 @@ def random_pairs(count=7, scale=3.0, seed=0):
 
     chosen = draw().requires_grad_()
     rejected = draw().requires_grad_()
-    return Pairs(chosen, rejected, draw(), draw(), lengths(), lengths(), chosen * 1.0, 4.0)
+    return Pairs(
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=draw(),
+        ref_rejected=draw(),
+        chosen_lengths=lengths(),
+        rejected_lengths=lengths(),
+        chosen_plain=chosen * 1.0,
+        tokens_per_chosen=4.0,
+    )
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -103,18 +121,98 @@ def test_aot_sorts(name):
     assert column(DPO_LOSSES[name](pairs, OPTIONS)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("margin", [-500.0, 500.0])
-@pytest.mark.parametrize("name", sorted(set(DPO_LOSSES) - {"discopop"}))
-def test_extremes_stay_finite(name, margin):
-    """(DiscoPOP's exponential term is unbounded by definition.)"""
-    zero = torch.zeros(2)
-    chosen = torch.full((2,), margin, requires_grad=True)
-    rejected = torch.full((2,), -margin, requires_grad=True)
-    lengths = torch.tensor([3, 5])
-    losses = DPO_LOSSES[name](Pairs(chosen, rejected, zero, zero, lengths, lengths, chosen, 4.0), OPTIONS)
-    losses.sum().backward()
-    assert torch.isfinite(losses).all()
-    assert torch.isfinite(chosen.grad).all()
+DIVERGENCES = [("reverse_kl", 0.5), ("forward_kl", 0.5), ("js_divergence", 0.5)] + [
+    ("alpha_divergence", alpha) for alpha in (-1.0, 0.5, 2.0)
+]
+
+
+def extreme_pairs(size):
+    """fp32 pairs whose log-ratios are +-size or 0, in all combinations, over one token and several."""
+    sides = [(a, b, n) for a in (-size, 0.0, size) for b in (-size, 0.0, size) for n in (1, 5)]
+    chosen, rejected = (torch.tensor([side[i] for side in sides], requires_grad=True) for i in (0, 1))
+    lengths, zero = torch.tensor([side[2] for side in sides]), torch.zeros(len(sides))
+    return Pairs(
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=zero,
+        ref_rejected=zero,
+        chosen_lengths=lengths,
+        rejected_lengths=lengths,
+        chosen_plain=chosen * 1.0,
+        tokens_per_chosen=4.0,
+    )
+
+
+@pytest.mark.parametrize("size", [45.0, 90.0, 500.0, 500 / BETA])
+@pytest.mark.parametrize(("kind", "alpha"), DIVERGENCES)
+@pytest.mark.parametrize("name", DPO_LOSSES)
+def test_extremes_stay_finite(name, kind, alpha, size):
+    """Log-ratios and beta times log-ratios of +-500, and those whose exponentials or their squares just overflow."""
+    pairs = extreme_pairs(size)
+    options = DPOOptions(
+        beta=BETA,
+        label_smoothing=EPS,
+        discopop_tau=TAU,
+        f_divergence_type=kind,
+        f_alpha_divergence_coef=alpha,
+    )
+    losses = DPO_LOSSES[name](pairs, options)
+    gradients = torch.autograd.grad(
+        losses.sum(), (pairs.chosen, pairs.rejected), materialize_grads=True, allow_unused=True
+    )
+    for values in (losses, *gradients):
+        assert torch.isfinite(values).all()
+
+
+def test_discopop_far_out():
+    """Where the factors overflow, their product is known: -z on the wrong side, 0 on the right one; also with tau > 1."""
+    pairs = extreme_pairs(500.0)
+    for tau in (0.05, 0.9):
+        losses = DPO_LOSSES["discopop"](pairs, DPOOptions(beta=1.0, discopop_tau=tau))
+        for loss, c, r in zip(losses.tolist(), pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True):
+            assert loss == pytest.approx(max(r - c, 0.0) if c != r else math.log(2) / 2 + 0.5, abs=1e-6)
+    assert torch.isfinite(DPO_LOSSES["discopop"](pairs, DPOOptions(beta=1.0, discopop_tau=3.0))).all()
+
+
+def test_scores_are_cut_where_exponentials_overflow():
+    x = torch.tensor([-500.0, -79.0], requires_grad=True)
+    cut, exact = scores(x, DPOOptions(f_divergence_type="forward_kl"))
+    assert float(cut.detach()) == pytest.approx(-math.exp(80), rel=1e-5)
+    assert float(exact.detach()) == pytest.approx(-math.exp(79), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(DPO_LOSSES) - {"sft"}))
+def test_losses_name_a_missing_reference(name):
+    pairs = random_pairs()
+    bare = Pairs(pairs.chosen, pairs.rejected, pairs.chosen_lengths, pairs.rejected_lengths)
+    with pytest.raises(ValueError, match="needs ref_chosen"):
+        DPO_LOSSES[name](bare, OPTIONS)
+
+
+def test_pairs_name_what_is_missing():
+    pairs = random_pairs()
+    bare = Pairs(
+        pairs.chosen, pairs.rejected, pairs.chosen_lengths, pairs.rejected_lengths, ref_chosen=pairs.ref_chosen
+    )
+    with pytest.raises(ValueError, match="needs ref_rejected"):
+        _ = bare.rejected_ratio
+    with pytest.raises(ValueError, match="needs chosen_plain"):
+        DPO_LOSSES["sft"](bare, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("label_smoothing", 0.2), ("discopop_tau", 0.4), ("f_divergence_type", "js_divergence")]
+)
+def test_option_readers(option, value):
+    """An option's readers are the losses that it changes, no others."""
+    changed = {
+        name
+        for name, loss in DPO_LOSSES.items()
+        if not torch.equal(
+            loss(random_pairs(), OPTIONS), loss(random_pairs(), dataclasses.replace(OPTIONS, **{option: value}))
+        )
+    }
+    assert OPTION_READERS[option] == changed
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def cpo_sigmoid(pairs: Pairs, options: LikelihoodOptions) -> torch.Tensor:
 
 
 def cpo_hinge(pairs: Pairs, options: LikelihoodOptions) -> torch.Tensor:
-    """SLiC: ``max(0, 1 - beta (C - R))``, summed (Zhao et al., arXiv 2305.10425, sec. 2.2; its margin is ``1 / beta``)."""
+    """SLiC: ``max(0, 1 - beta (C - R))``, summed (Zhao et al., arXiv 2305.10425, rank calibration loss over its margin)."""
     return torch.relu(1 - options.beta * _reward_margin(pairs, False, options))
 
 
@@ -339,7 +339,7 @@ def log_odds(pairs: Pairs) -> torch.Tensor:
 
     Averaged log-probabilities are cut at ``-1e-12``, where ``p`` is 1 and the odds infinite (TRL: inf or NaN). fp32
     log-probabilities resolve some ``1e-7``, so that nothing but an exact 1 and rounding lies beyond; the gradient is zero
-    there.
+    there. A completion without tokens counts as ``p = 1``.
     """
 
     def logit(logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -459,10 +459,9 @@ def plackett_luce(ratio: torch.Tensor, sizes: Sequence[int], beta: float) -> tor
     given_LK = place_K < torch.tensor(sizes, device=ratio.device)[:, None]
     worse_LKK = given_LK[:, None, :] & (place_K[None, :] > place_K[:, None])
     margins_LKK = beta * (x_LK[:, None, :] - x_LK[:, :, None])
-    # Rows without anything worse go before logsumexp: of -inf alone its gradient is NaN.
-    has_worse_LK = worse_LKK.any(-1)
-    rivals = margins_LKK.masked_fill(~worse_LKK, -math.inf)[has_worse_LK].logsumexp(-1)
-    return ratio.new_zeros(len(sizes)).index_add(0, has_worse_LK.nonzero()[:, 0], -F.logsigmoid(-rivals))
+    # Nothing is worse than a list's last response: its rivals sum to exp(-inf), its loss and gradient to zero.
+    rivals_LK = margins_LKK.masked_fill(~worse_LKK, -math.inf).logsumexp(-1)
+    return -F.logsigmoid(-rivals_LK).sum(1)
 
 
 def lambda_weights(scores: Sequence[float]) -> list[tuple[int, int, float]]:

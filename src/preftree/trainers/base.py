@@ -32,7 +32,7 @@ from preftree.trainers.checks import (
 )
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.config import upgrade
-from preftree.trainers.groups import RANKED_COLUMNS, Layout
+from preftree.trainers.groups import RANKED_COLUMNS, RANKED_REFERENCE, Layout
 from preftree.trainers.ranked import flatten, regroup
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
 
@@ -243,7 +243,7 @@ class TreeTrainer(Trainer):
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first and self._signature_columns is not None:
-            self._signature_columns += [*RANKED_COLUMNS, "ref_logps"]
+            self._signature_columns += [*RANKED_COLUMNS, RANKED_REFERENCE]
 
     # ------------------------------------------------------------------------------------------------------ steps
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
 
-from preftree.trainers.groups import Layout
+from preftree.trainers.groups import SEQUENCES, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +178,11 @@ class ExampleCheck:
                 "start alike)"
             )
         members = self.layout.members(example)
+        if SEQUENCES in example:
+            try:
+                self.layout.group(example)
+            except ValueError as error:
+                raise ValueError(f"{where}, field 'scores': {error}") from error
         for name, (ids, prompt_length) in members.items():
             if len(ids) <= prompt_length:
                 raise ValueError(f"{where}, field {name!r}: no token is left of it")

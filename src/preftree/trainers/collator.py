@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from preftree.packing import PackedRow, pack, static_length
-from preftree.trainers.groups import Group, Layout
+from preftree.trainers.groups import RANKED_REFERENCE, SEQUENCES, Group, Layout
 from preftree.tree import TokenTree
 
 # Examples whose prompts differ are merged into one tree if they start with so many equal tokens: sharing fewer saves
@@ -28,8 +28,8 @@ class TreeCollator:
         static: round a row without a given length up to one of a few lengths, for compiled kernels.
         share_prefixes: False lays every sequence out by itself (packed, but nothing shared): the baseline.
         columns: numbers of an example to hand on, fp32 ``[examples]`` each, where the data have them.
-        reference_columns: where an example keeps its sequences' reference log-probabilities: one column a sequence, or
-            one column that holds a list.
+        reference_columns: where an example keeps its sequences' reference log-probabilities, one column a sequence. (A
+            ranked example has a list of them in one column.)
         padded: a collator of TRL's format whose batch to add under "padded", for what needs logits of whole sequences.
 
     A batch holds
@@ -39,6 +39,7 @@ class TreeCollator:
       lists, all LongTensors;
     - ``index`` (LongTensor ``[examples]``), ``group_sizes`` (how many sequences each example has),
       ``weights`` (fp32 ``[units]``; with them the batch's loss is the sum over its units), ``lists`` (how many);
+    - ``ranked`` (whether the examples are ranked completions);
     - ``tokens`` (scored tokens of each side, over all units) and ``num_tokens`` (of all sequences, prompts included);
     - ``reference`` (fp32 ``[sequences]``) and the columns, where the data have them.
     """
@@ -54,30 +55,27 @@ class TreeCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.collate([self.layout.group(example) for example in examples])
+        batch["ranked"] = SEQUENCES in examples[0]
         for column in self.columns:
             if column in examples[0]:
                 batch[column] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
-        if self.reference_columns and self.reference_columns[0] in examples[0]:
-            batch["reference"] = torch.tensor(
-                [value for example in examples for value in self._reference(example)], dtype=torch.float32
-            )
+        reference = (RANKED_REFERENCE,) if batch["ranked"] else self.reference_columns
+        if reference and reference[0] in examples[0]:
+            values = [value for example in examples for value in _flat(example[name] for name in reference)]
+            batch["reference"] = torch.tensor(values, dtype=torch.float32)
         if self.padded is not None:
             batch["padded"] = self.padded(list(examples))
         return batch
 
     def from_padded(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The same batch from TRL's padded format, as a collator of the user's gives it."""
-        result = self.collate(self.layout.from_padded(batch))
+        result = self.collate(self.layout.from_padded(batch)) | {"ranked": False}
         result.update({column: batch[column] for column in self.columns if column in batch})
         if self.reference_columns and all(column in batch for column in self.reference_columns):
             result["reference"] = torch.stack([batch[column] for column in self.reference_columns], dim=1).flatten()
         if self.padded is not None:
             result["padded"] = batch
         return result
-
-    def _reference(self, example: Mapping[str, Any]) -> list[float]:
-        values = [example[column] for column in self.reference_columns]
-        return list(values[0]) if isinstance(values[0], (list, tuple)) else values
 
     def collate(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Rows of the groups of a batch; a group is never split over two rows."""
@@ -109,6 +107,11 @@ class TreeCollator:
         for row in rows:
             row.sequence_ids = torch.tensor([sequence_ids[index] for index in row.sequence_ids.tolist()])
         return batch | {"rows": rows, "members": [_members(row, groups, first_sequence) for row in rows]}
+
+
+def _flat(values: Iterable[Any]) -> list[float]:
+    """Numbers, or lists of numbers, as one list."""
+    return [number for value in values for number in (value if isinstance(value, list) else [value])]
 
 
 def _scored(group: Group, side: str) -> int:

@@ -14,7 +14,7 @@ import trl.experimental.orpo
 import trl.experimental.tpo
 
 from preftree.attention import BACKENDS
-from preftree.objectives import CPO_LOSSES, DPO_LOSSES, KTO_LOSSES, OPTION_READERS, TPO_LOSSES
+from preftree.objectives import CPO_LOSSES, DPO_LOSSES, KTO_LOSSES, MIXING, OPTION_READERS, TPO_LOSSES
 from preftree.trainers.groups import WEIGHTINGS
 
 OVERLONG = ("truncate", "drop", "error")
@@ -161,13 +161,19 @@ class DPOConfig(RankedArguments, ReferenceArguments, trl.DPOConfig):
             raise ValueError(
                 f"f_divergence_type {self.f_divergence_type!r} cannot be combined with loss_type {', '.join(others)}"
             )
-        if self.use_weighting and (mixing := [name for name in self.loss_type if name.startswith("aot")]):
-            raise ValueError(f"use_weighting=True cannot be combined with loss_type {', '.join(mixing)}")
+        if mixing := ", ".join(sorted(MIXING.intersection(self.loss_type))):
+            if self.use_weighting:
+                raise ValueError(f"use_weighting=True cannot be combined with loss_type {mixing}")
+            if self.pair_weighting != "pair":
+                raise ValueError(
+                    f"pair_weighting={self.pair_weighting!r} cannot be combined with loss_type {mixing}: sorting leaves no "
+                    "pair that a weight belongs to"
+                )
 
     def _check_list_loss(self) -> None:
         if len(self.loss_type) > 1:
             raise ValueError(f"loss_type {LIST_LOSS!r} is a loss of lists and cannot be mixed with losses of pairs")
-        for name, off in (("ld_alpha", None), ("use_weighting", False), ("pair_weighting", "pair")):
+        for name, off in (("ld_alpha", None), ("use_weighting", False), ("pair_weighting", "pair"), ("ties", "error")):
             if getattr(self, name) != off:
                 raise ValueError(f"{name}={getattr(self, name)!r} is about pairs: loss_type {LIST_LOSS!r} has none")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from preftree.tree import TokenTree
 # Columns of a tokenised ranked example: its responses (prompt included) as token ids, their prompt lengths, their scores.
 SEQUENCES, PROMPT_LENGTHS, SCORES = "sequences", "prompt_lengths", "scores"
 RANKED_COLUMNS = (SEQUENCES, PROMPT_LENGTHS, SCORES)
+# Where the reference's log-probabilities of a ranked example's responses stand, a list for each example.
+RANKED_REFERENCE = "ref_logps"
 WEIGHTINGS = ("pair", "prompt", "lambda")
 
 
@@ -155,23 +158,25 @@ class Layout:
         return self._with_whole(group) if self.whole_chosen else group
 
     def _ranked(self, sequences: list[list[int]], prompt_lengths: list[int], scores: Sequence[float]) -> Group:
-        pairs = lambda_weights(scores)
-        multiplicities = [sum(index in pair[:2] for pair in pairs) for index in range(len(sequences))]
-        weights, normaliser, ranking = [1.0] * len(pairs), float(len(pairs)), []
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])
+        pairs = [(better, worse) for better, worse in combinations(order, 2) if scores[better] > scores[worse]]
+        multiplicities = [sum(index in pair for pair in pairs) for index in range(len(sequences))]
+        weights, normaliser = [1.0] * len(pairs), float(len(pairs))
         if self.lists:
             multiplicities, normaliser = [1] * len(sequences), 1.0
-            ranking = sorted(range(len(scores)), key=lambda index: -scores[index])
         elif self.weighting == "prompt":
             weights, normaliser = [1 / len(pairs)] * len(pairs), 1.0
         elif self.weighting == "lambda":
-            weights, normaliser = [weight for *_, weight in pairs], 1.0
-        chosen, rejected = [better for better, *_ in pairs], [worse for _, worse, _ in pairs]
+            weighted = {(better, worse): weight for better, worse, weight in lambda_weights(scores)}
+            weights, normaliser = [weighted[pair] for pair in pairs], 1.0
+        chosen, rejected = [better for better, _ in pairs], [worse for _, worse in pairs]
         if self.per_pair:
             listed = [index for pair in zip(chosen, rejected, strict=True) for index in pair]
             sequences, prompt_lengths = [sequences[i] for i in listed], [prompt_lengths[i] for i in listed]
             multiplicities = [1] * len(listed)
             chosen, rejected = list(range(0, len(listed), 2)), list(range(1, len(listed), 2))
         sides = {"chosen": chosen, "rejected": rejected}
+        ranking = order if self.lists else []
         return Group(sequences, prompt_lengths, multiplicities, sides, weights, normaliser, ranking)
 
     def from_padded(self, batch: Mapping[str, torch.Tensor]) -> list[Group]:

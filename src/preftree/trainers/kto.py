@@ -215,7 +215,8 @@ def _one_by_one(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset
         rows["label"] = [True, False] * len(chosen)
         return rows
 
-    return dataset.map(answers, batched=True, remove_columns=dataset.column_names)
+    columns = dataset.column_names or list(next(iter(dataset)))
+    return dataset.map(answers, batched=True, remove_columns=columns)
 
 
 def _in_order(dataset: Dataset | IterableDataset, source: str | None = None) -> Dataset | IterableDataset:

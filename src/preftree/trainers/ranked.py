@@ -21,15 +21,16 @@ def flatten(dataset: Dataset | IterableDataset, ties: str) -> Dataset | Iterable
         rows: list[dict[str, Any]] = []
         for values in zip(*batch.values(), strict=True):
             example = dict(zip(batch, values, strict=True))
-            completions, scores = example.pop("completions"), scores_of(example, "ranked data", ties)
-            for name in ("scores", "ranks"):
+            completions, scores = example["completions"], scores_of(example, "ranked data", ties)
+            for name in ("completions", "scores", "ranks"):
                 example.pop(name, None)
             for index in range(0, len(completions), 2):
                 two = {"chosen": completions[index], "rejected": completions[min(index + 1, len(completions) - 1)]}
                 rows.append({**example, **two, _COUNT: len(completions), _ORDER: scores})
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    return dataset.map(pairs, batched=True, remove_columns=dataset.column_names)
+    columns = dataset.column_names or list(next(iter(dataset)))
+    return dataset.map(pairs, batched=True, remove_columns=columns)
 
 
 def regroup(dataset: Dataset | IterableDataset, layout: Layout) -> Dataset | IterableDataset:

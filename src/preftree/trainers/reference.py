@@ -18,9 +18,6 @@ from transformers import PreTrainedConfig
 
 _FORMAT = "preftree reference log-probabilities 2"
 
-# Where the values of a ranked example's responses stand, a list for each example.
-COLUMN = "ref_logps"
-
 
 def content_key(model_hash: str, examples: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     """SHA-256 over all that the values depend on: weights, every token, and the settings of the pass.

@@ -17,6 +17,7 @@ from preftree.logprobs import sequence_logps
 from preftree.packing import PackedRow
 from preftree.trainers import reference
 from preftree.trainers.base import TreeTrainer
+from preftree.trainers.groups import RANKED_REFERENCE
 from preftree.trainers.step import MicroBatch, weighted_logps
 from preftree.version import __version__
 
@@ -69,9 +70,9 @@ class ReferencedTrainer(TreeTrainer):
     def _reference_columns(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The columns to cache for a collated batch: ``[examples]`` each, or ``[examples, most responses]``, NaN behind."""
         by_example = self._reference_of(self._micro_batch(dict(inputs)))
-        if len(self.reference_columns) == 1 or len(by_example[0]) != len(self.reference_columns):
+        if inputs["ranked"]:
             table = torch.nn.utils.rnn.pad_sequence(by_example, batch_first=True, padding_value=float("nan"))
-            return {reference.COLUMN: table}
+            return {RANKED_REFERENCE: table}
         table = torch.stack(by_example)
         return dict(zip(self.reference_columns, table.unbind(1), strict=True))
 
