@@ -18,6 +18,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(RUN) examples/demo.py --output_dir $(OUT)
 
+# The same by another method: demo-orpo, demo-cpo, demo-simpo.
+demo-%: $(VENV)/ready
+	$(RUN) examples/demo.py --method $* --output_dir $(OUT)-$*
+
 test: $(VENV)/ready
 	$(RUN) -m pytest -q
 

@@ -5,16 +5,22 @@ import torch
 import trl
 from conftest import word_tokenizer
 from preference_data import chat_pairs, dataset, text_pairs
-from transformers import AutoModelForCausalLM
-from trl_runs import COMMON
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl_runs import COMMON, classes
 
 import preftree
 
 
-def make(model, pairs, tmp_path, processing_class=None, **settings):
-    args = preftree.DPOConfig(output_dir=str(tmp_path), **(COMMON | settings))
-    return preftree.DPOTrainer(
-        model, args=args, train_dataset=dataset(pairs), processing_class=processing_class or word_tokenizer()
+def make(model, pairs, tmp_path, processing_class=None, method="DPO", trainer_args=None, **settings):
+    config, trainer_class = classes("preftree", method)
+    common = {name: value for name, value in COMMON.items() if name != "beta" or method != "Reward"}
+    args = config(output_dir=str(tmp_path), **(common | settings))
+    return trainer_class(
+        model,
+        args=args,
+        train_dataset=dataset(pairs),
+        processing_class=processing_class or word_tokenizer(),
+        **(trainer_args or {}),
     )
 
 
@@ -150,3 +156,216 @@ def test_images_are_refused(model_path, tmp_path):
     pairs = [pair | {"image": "x"} for pair in text_pairs(2)]
     with pytest.raises(NotImplementedError, match="images are not supported"):
         make(model_path, pairs, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- trainers beside DPO
+
+
+@pytest.mark.parametrize("method", ["ORPO", "CPO", "TPO", "Reward"])
+def test_a_reference_that_nothing_compares_with(model_path, tmp_path, method):
+    reference = AutoModelForCausalLM.from_pretrained(model_path)
+    with pytest.raises(ValueError, match=f"{method}Trainer compares with no reference: leave ref_model out"):
+        make(model_path, text_pairs(4), tmp_path, method=method, trainer_args={"ref_model": reference})
+
+
+@pytest.mark.parametrize("method", ["DPO", "KTO"])
+def test_no_reference_to_compare_with(model_path, tmp_path, method):
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(model_path, name_or_path=""))
+    model.config._name_or_path = ""
+    with pytest.raises(ValueError, match=r"compares with a reference, and there is none.*Pass ref_model"):
+        make(model, text_pairs(4), tmp_path, method=method)
+    make(model, text_pairs(4), tmp_path, method=method, precompute_ref_log_probs=True)
+
+
+@pytest.mark.parametrize("method", ["ORPO", "CPO", "TPO", "KTO", "Reward"])
+def test_bad_data_of_other_trainers(model_path, tmp_path, method):
+    def data(**changes):
+        return [pair | {"reference": "the dog"} for pair in with_row(**changes)]
+
+    with pytest.raises(ValueError, match="train dataset, row 2, field 'chosen': empty"):
+        make(model_path, data(chosen=""), tmp_path, method=method)
+    with pytest.raises(ValueError, match="train dataset, row 2, field 'rejected' is missing"):
+        make(model_path, data(rejected=None), tmp_path, method=method)
+    with pytest.raises(ValueError, match=r"train dataset: there is no column 'rejected'"):
+        make(model_path, [{"prompt": "a", "chosen": "b", "reference": "c"}], tmp_path, method=method)
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    with pytest.raises(ValueError, match=r"row \d+, field '\w+': token id \d+ is outside the model's vocabulary"):
+        make(model_path, data(chosen="a zebra"), tmp_path, tokenizer, method=method)
+
+
+def test_gold_answer_is_missing(model_path, tmp_path):
+    with pytest.raises(ValueError, match="there is no column 'reference'"):
+        make(model_path, text_pairs(4), tmp_path, method="TPO")
+
+
+@pytest.mark.parametrize("method", ["ORPO", "CPO"])
+def test_prompt_that_leaves_no_completion(model_path, tmp_path, caplog, method):
+    """TRL goes on with an empty completion there, whose mean log-probability is 0/0."""
+    trainer = make(model_path, with_row(prompt="the dog " * 40), tmp_path, method=method, max_length=60)
+    assert len(trainer.train_dataset) == 3
+    assert "in 1 examples the prompt alone fills max_length=60" in caplog.text
+    assert trainer.args.max_length == trainer.max_length == 60
+
+
+def test_rewards_of_long_pairs_are_left_out_and_counted(model_path, tmp_path, caplog):
+    pairs = with_row(rejected="the dog " * 40)
+    assert len(make(model_path, pairs, tmp_path, method="Reward", max_length=60).train_dataset) == 3
+    assert "1 examples were too long and are left out" in caplog.text
+    cut = make(model_path, pairs, tmp_path, method="Reward", max_length=60, overlong="truncate")
+    assert len(cut.train_dataset) == 4
+    assert max(int(row.sequence_lengths.max()) for row in cut.data_collator(list(cut.train_dataset))["rows"]) == 60
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("DPO", {"loss_type": "exo_pair"}, "'exo_pair' needs 0 < label_smoothing < 1, got 0"),
+        ("DPO", {"loss_type": "robust", "label_smoothing": 0.5}, "'robust' needs 0 <= label_smoothing < 0.5, got 0.5"),
+        (
+            "DPO",
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]},
+            "Got 1 weights for 2 loss types",
+        ),
+        (
+            "DPO",
+            {"f_divergence_type": "js_divergence", "loss_type": "apo_zero"},
+            "'js_divergence' cannot be combined with",
+        ),
+        ("DPO", {"f_divergence_type": "kl"}, "unknown f_divergence_type 'kl'"),
+        (
+            "DPO",
+            {"use_weighting": True, "loss_type": "aot"},
+            "use_weighting=True cannot be combined with loss_type aot",
+        ),
+        ("DPO", {"pair_weighting": "lambda", "loss_type": "aot"}, "pair_weighting='lambda' cannot be combined with"),
+        ("DPO", {"pair_weighting": "lamda"}, "unknown pair_weighting 'lamda'"),
+        ("DPO", {"ties": "keep"}, "unknown ties 'keep'"),
+        ("DPO", {"loss_type": ["plackett_luce", "sft"]}, "cannot be mixed with losses of pairs"),
+        ("DPO", {"loss_type": "plackett_luce", "ld_alpha": 0.5}, "ld_alpha=0.5 is about pairs"),
+        ("DPO", {"loss_type": "plackett_luce", "ties": "drop"}, "ties='drop' is about pairs"),
+        ("CPO", {"loss_type": "simpoo"}, "unknown loss_type 'simpoo'"),
+        ("TPO", {"loss_type": "simpo"}, "unknown loss_type 'simpo'"),
+        ("KTO", {"loss_type": "bco"}, "unknown loss_type 'bco'"),
+        ("Reward", {"row_length": 0}, "row_length must be positive"),
+    ],
+)
+def test_bad_settings_of_each_trainer(tmp_path, method, settings, message):
+    config, _ = classes("preftree", method)
+    with pytest.raises(ValueError, match=message):
+        config(str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "trainer_args", "message"),
+    [
+        ("DPO", {"sync_ref_model": True, "precompute_ref_log_probs": True}, {}, "precompute_ref_log_probs=True"),
+        ("DPO", {"router_aux_loss_coef": 0.5}, {}, "not a Mixture-of-Experts"),
+        ("KTO", {"sync_ref_model": True, "precompute_ref_log_probs": True}, {}, "precompute_ref_log_probs=True"),
+        ("KTO", {"train_sampling_strategy": "random"}, {}, "sequential"),
+        ("KTO", {"per_device_train_batch_size": 1}, {}, "batch size must be > 1"),
+        ("ORPO", {"generate_during_eval": True}, {}, "Weights and Biases or Comet"),
+    ],
+)
+def test_options_that_trl_forbids(model_path, tmp_path, method, settings, trainer_args, message):
+    with pytest.raises(ValueError, match=message):
+        make(model_path, text_pairs(4), tmp_path, method=method, trainer_args=trainer_args, **settings)
+
+
+def test_sync_with_an_adapter(model_path, tmp_path):
+    peft = pytest.importorskip("peft")
+    for method in ("DPO", "KTO"):
+        arguments = {"peft_config": peft.LoraConfig(target_modules=["q_proj"])}
+        with pytest.raises(NotImplementedError, match="sync_ref_model"):
+            make(model_path, text_pairs(4), tmp_path, method=method, trainer_args=arguments, sync_ref_model=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("DPO", {"label_smoothing": 0.1}, "label_smoothing=0.1 has no effect: loss_type sigmoid does not read it"),
+        ("DPO", {"discopop_tau": 0.1}, "discopop_tau=0.1 has no effect"),
+        ("DPO", {"f_alpha_divergence_coef": 0.7}, "f_alpha_divergence_coef=0.7 has no effect: f_divergence_type is"),
+        ("DPO", {"ref_model_sync_steps": 7}, "ref_model_sync_steps=7 has no effect: sync_ref_model is off"),
+        ("DPO", {"ref_logps_cache_dir": "x"}, "ref_logps_cache_dir='x' has no effect: precompute_ref_log_probs is off"),
+        ("DPO", {"pair_weighting": "prompt"}, "pair_weighting has no effect: the data are not ranked"),
+        ("CPO", {"simpo_gamma": 0.3}, "simpo_gamma=0.3 has no effect: loss_type sigmoid"),
+        ("CPO", {"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 has no effect"),
+        ("TPO", {"tpo_l_gamma": 0.3}, "tpo_l_gamma=0.3 has no effect"),
+        ("KTO", {"precompute_ref_batch_size": 3}, "precompute_ref_batch_size=3 has no effect"),
+    ],
+)
+def test_options_without_effect_are_told_once(model_path, tmp_path, method, settings, message):
+    pairs = [pair | {"reference": "the dog"} for pair in text_pairs(4)]
+    with pytest.warns(UserWarning, match=message) as warned:
+        make(model_path, pairs, tmp_path, method=method, **settings)
+    assert sum("has no effect" in str(warning.message) for warning in warned) == 1
+
+
+# --------------------------------------------------------------------------------------------------------- ranked data
+
+
+def ranked(**changes):
+    rows = [
+        {"prompt": "the dog", "completions": ["runs", "sings over", "sleeps"], "scores": [1.0, 3.0, 2.0]}
+        for _ in range(4)
+    ]
+    rows[2] |= changes
+    return rows
+
+
+@pytest.mark.parametrize("method", ["DPO", "ORPO", "Reward"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": [1.0, 2.0]}, r"row 2, field 'scores': 2 values for 3 completions"),
+        ({"scores": None}, r"row 2, field 'scores': no values for 3 completions"),
+        ({"scores": [1.0, float("nan"), 2.0]}, r"row 2, field 'scores', value 1: nan is not a finite number"),
+        ({"scores": [1.0, None, 2.0]}, r"row 2, field 'scores', value 1: None is not a finite number"),
+        ({"scores": [2.0, 2.0, 2.0]}, r"row 2, field 'scores': all are 2.0, so nothing is better"),
+        ({"scores": [2.0, 1.0, 2.0]}, r"row 2, field 'scores': equal values .*ties='drop'"),
+        ({"completions": ["runs"], "scores": [1.0]}, r"row 2, field 'completions': 1 completion"),
+        ({"completions": ["runs", "", "x"]}, r"row 2, field 'completions\[1\]': empty"),
+    ],
+)
+def test_bad_ranked_data(model_path, tmp_path, method, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(model_path, ranked(**changes), tmp_path, method=method)
+
+
+def test_columns_of_ranked_data(model_path, tmp_path):
+    without = [{name: value for name, value in row.items() if name != "scores"} for row in ranked()]
+    with pytest.raises(ValueError, match="need a column 'scores' or 'ranks', but there are neither"):
+        make(model_path, without, tmp_path)
+    with pytest.raises(ValueError, match="need a column 'scores' or 'ranks', but there are both"):
+        make(model_path, [row | {"ranks": [1, 2, 3]} for row in ranked()], tmp_path)
+    with pytest.raises(ValueError, match="takes no ranked data"):
+        make(model_path, ranked(), tmp_path, method="KTO")
+    with pytest.raises(ValueError, match="column 'margin' is about one pair"):
+        make(model_path, [row | {"margin": 1.0} for row in ranked()], tmp_path, method="Reward")
+    with pytest.raises(ValueError, match="compute_metrics is given the logits of pairs"):
+        make(model_path, ranked(), tmp_path, trainer_args={"compute_metrics": lambda _: {}})
+    with pytest.raises(ValueError, match=r"row 0, field 'scores': .*100"):
+        make(model_path, [row | {"scores": [1.0, 500.0, 2.0]} for row in ranked()], tmp_path, pair_weighting="lambda")
+
+
+# ------------------------------------------------------------------------------------------------------------- KTO
+
+
+def test_answers_that_stand_alone(model_path, tmp_path):
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair["chosen"], "label": index % 2 == 0}
+        for index, pair in enumerate(text_pairs(6))
+    ]
+    rows.append({"prompt": rows[0]["prompt"], "completion": "sings", "label": False})
+    with pytest.raises(ValueError, match=r"row 1, field 'prompt': it has a single answer, as have 5 of 6 prompts"):
+        make(model_path, rows, tmp_path, method="KTO")
+    make(model_path, rows, tmp_path, method="KTO", keep_prompts_together=False).train()
+
+
+def test_labels(model_path, tmp_path):
+    rows = [{"prompt": "the dog", "completion": text, "label": label} for text, label in (("runs", 1), ("sings", 3))]
+    with pytest.raises(ValueError, match="row 1, field 'label': 3 is neither true nor false"):
+        make(model_path, rows, tmp_path, method="KTO")
+    with pytest.raises(ValueError, match="there is no column 'label'"):
+        make(model_path, [{"prompt": "a", "completion": "b"}], tmp_path, method="KTO")

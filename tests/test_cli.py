@@ -5,10 +5,10 @@ import json
 import pytest
 import yaml
 from preference_data import chat_pairs, text_pairs
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl_runs import COMMON
 
-from preftree import cli
+from preftree import DPOTrainer, cli
 
 
 @pytest.fixture
@@ -40,6 +40,50 @@ def test_dpo_trains_saves_and_reports(recipe, tmp_path, capsys):
         assert expected in report
     assert (out / "curves.png").exists()
     assert "report" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", sorted(set(cli.METHODS) - {"dpo"}))
+def test_every_method_trains_saves_and_reports(recipe, tmp_path, capsys, command):
+    for name in ("train", "test"):
+        rows = [json.loads(line) | {"margin": 0.5} for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        rows = [row | {"reference": row["chosen"][:1]} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = yaml.safe_load(recipe.read_text())
+    if command == "reward":
+        del settings["beta"]
+    if command == "kto":
+        settings["per_device_train_batch_size"] = 4
+    recipe.write_text(yaml.safe_dump(settings))
+    assert cli.main([command, "--config", str(recipe), "--max_steps", "3"]) == 0
+    kind = AutoModelForSequenceClassification if command == "reward" else AutoModelForCausalLM
+    kind.from_pretrained(tmp_path / "out")
+    report = (tmp_path / "out" / "report.md").read_text()
+    for expected in (f"| method | {command} |", "Held-out pairs", "| steps | 3 |"):
+        assert expected in report
+    assert "| examples trained on | 0 |" not in report
+    assert "margin" in capsys.readouterr().out
+
+
+def test_simpo_is_cpo_without_likelihood_term(recipe):
+    trainer = cli.run("simpo", ["--config", str(recipe), "--max_steps", "1"])
+    assert (trainer.loss_type, trainer.cpo_alpha) == ("simpo", 0.0)
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+    trainer = cli.run("simpo", ["--config", str(recipe), "--max_steps", "1", "--cpo_alpha", "0.5"])
+    assert trainer.cpo_alpha == 0.5
+
+
+def test_ranked_files(recipe, tmp_path, capsys):
+    path = tmp_path / "ranked.jsonl"
+    rows = [{"prompt": "the dog ", "completions": ["runs", "sings over", "sleeps"], "ranks": [2, 1, 3]}] * 6
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--config", str(recipe), "--dataset_name", str(path), "--eval_strategy", "no"]
+    assert cli.main(["plan", *arguments]) == 0
+    # Three pairs of 2 + 2 (or 3, with two words) tokens and two ends of text each, or one prompt and three responses.
+    assert "tokens without sharing       156" in capsys.readouterr().out
+    assert cli.main(["dpo", *arguments, "--max_steps", "2"]) == 0
+    path.write_text(path.read_text() + json.dumps(rows[0] | {"ranks": [1, 1, 1]}) + "\n")
+    assert cli.main(["dpo", *arguments]) == 2
+    assert f"{path}, line 7, field 'ranks': all are 1" in capsys.readouterr().err
 
 
 def test_plan_needs_no_weights(recipe, tmp_path, capsys, monkeypatch):
@@ -84,7 +128,11 @@ def test_bad_row_is_named_before_a_model_is_loaded(recipe, tmp_path, capsys, mon
     del rows[1]["rejected"]
     path = tmp_path / "bad.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(cli, "DPOTrainer", None)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(DPOTrainer, "__init__", refuse)
     assert cli.main(["dpo", "--config", str(recipe), "--dataset_name", str(path)]) == 2
     assert f"{path}, line 2, field 'rejected' is missing" in capsys.readouterr().err
 

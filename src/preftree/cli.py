@@ -151,7 +151,13 @@ class _Progress(ProgressCallback):
         prefix = "eval_" if "eval_loss" in logs else ""
         if f"{prefix}loss" not in logs:
             return
-        names = (("loss", "loss"), ("margin", "rewards/margins"), ("accuracy", "rewards/accuracies"))
+        names = (
+            ("loss", "loss"),
+            ("margin", "rewards/margins"),
+            ("accuracy", "rewards/accuracies"),
+            ("margin", "margin"),  # of rewards, by the reward trainer's names
+            ("accuracy", "accuracy"),
+        )
         text = "  ".join(f"{name} {float(logs[prefix + key]):.4f}" for name, key in names if prefix + key in logs)
         line = f"step {state.global_step:>5}  {'held out  ' if prefix else ''}{text}"
         if self.training_bar is not None:

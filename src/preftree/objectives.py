@@ -86,6 +86,9 @@ def _per_token(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return values / lengths.clamp(min=1)
 
 
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
 def scores(log_ratio: torch.Tensor, options: DPOOptions) -> torch.Tensor:
     """``f(log-ratio)`` of f-DPO (Wang et al., arXiv 2309.16240), ``f'`` of the divergence up to constants.
 
@@ -101,9 +104,7 @@ def scores(log_ratio: torch.Tensor, options: DPOOptions) -> torch.Tensor:
         return math.log(2) + F.logsigmoid(log_ratio)
     if kind == "alpha_divergence":
         return (_exp((alpha - 1) * log_ratio) - 1) / (alpha - 1)
-    raise ValueError(
-        f"unknown f_divergence_type {kind!r}: choose reverse_kl, forward_kl, js_divergence or alpha_divergence"
-    )
+    raise ValueError(f"unknown f_divergence_type {kind!r}: choose from {', '.join(DIVERGENCES)}")
 
 
 def _delta(pairs: Pairs, options: DPOOptions) -> torch.Tensor:

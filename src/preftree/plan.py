@@ -43,7 +43,7 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts over all pairs of a data set, and what they promise.
+    """Counts over all pairs (or ranked examples) of a data set, and what they promise.
 
     Attributes:
         pairs: how many.
@@ -99,19 +99,28 @@ def make_plan(
         row_length = _suggest(batches)
     packed = [pack(batch, row_length) for batch in batches]
     rows = sum(len(batch) for batch in packed)
-    padded = [(len(batch) * 2, max(path.numel() for tree in batch for path in tree.paths)) for batch in batches]
+    # Responses as often as they stand in a pair: that is what pairs listed one by one compute.
+    padded = [
+        (
+            sum(int(tree.multiplicities.sum()) for tree in batch),
+            max(path.numel() for tree in batch for path in tree.paths),
+        )
+        for batch in batches
+    ]
+    counts = [count for tree in trees for count in tree.multiplicities.tolist()]
     lengths = [path.numel() for tree in trees for path in tree.paths]
     prompts = [int(length) for tree in trees for length in tree.prompt_lengths]
     speedup = speedup_padded = None
     if cost is not None:
         scored = sum(length - max(prompt, 1) for length, prompt in zip(lengths, prompts, strict=True)) * cost.per_scored
         shared = scored + sum(len(tree) * cost.per_token + _visible_pairs(tree) * cost.per_pair for tree in trees)
-        unshared = scored + sum(n * cost.per_token + n * (n + 1) / 2 * cost.per_pair for n in lengths)
+        alone = [n * cost.per_token + n * (n + 1) / 2 * cost.per_pair for n in lengths]
+        unshared = scored + sum(count * work for count, work in zip(counts, alone, strict=True))
         full = scored + sum(k * (n * cost.per_token + n * (n + 1) / 2 * cost.per_pair) for k, n in padded)
         speedup, speedup_padded = unshared / shared, full / shared
     return Plan(
         pairs=len(trees),
-        unshared_tokens=sum(lengths),
+        unshared_tokens=sum(tree.num_unshared_tokens for tree in trees),
         padded_tokens=sum(count * longest for count, longest in padded),
         shared_tokens=sum(len(tree) for tree in trees),
         row_length=row_length,
@@ -151,7 +160,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         return f"{at[1]} (5 %: {at[0]}, 95 %: {at[2]}, longest: {ordered[-1]})"
 
     lines = [
-        ("pairs", f"{plan.pairs:,}"),
+        ("examples", f"{plan.pairs:,}"),
         ("tokens in padded batches", f"{plan.padded_tokens:,}"),
         ("tokens without sharing", f"{plan.unshared_tokens:,}"),
         ("tokens with sharing", f"{plan.shared_tokens:,} ({plan.saving:.2f}x fewer than without)"),

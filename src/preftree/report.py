@@ -11,7 +11,17 @@ import transformers
 
 from preftree.version import __version__
 
-_SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+_SHOWN = (
+    "loss",
+    "nll_loss",
+    "kl",
+    "rewards/margins",
+    "rewards/accuracies",
+    "margin",
+    "accuracy",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 def write_report(
@@ -25,7 +35,7 @@ def write_report(
 
     Args:
         history: a Trainer's ``log_history``.
-        computed: `DPOTrainer.computed`.
+        computed: `TreeTrainer.computed`.
         settings: what to list under settings.
         seconds: of training.
 
@@ -61,16 +71,16 @@ def write_report(
 
 
 def sharing_table(computed: Mapping[str, int], seconds: float) -> list[str]:
-    """Markdown rows: tokens with and without sharing, fill of the rows, pairs a second."""
+    """Markdown rows: tokens with and without sharing, fill of the rows, examples a second."""
     tokens, unshared = computed["tokens"], computed["unshared_tokens"]
     return [
         "| | |",
         "| --- | --- |",
-        f"| pairs trained on | {computed['pairs']:,} |",
+        f"| examples trained on | {computed['examples']:,} |",
         f"| tokens without sharing | {unshared:,} |",
         f"| tokens computed | {tokens:,} ({unshared / max(tokens, 1):.2f}x fewer) |",
         f"| rows | {computed['rows']:,}, {tokens / max(computed['row_tokens'], 1):.1%} full |",
-        f"| seconds of training | {seconds:.1f} ({computed['pairs'] / max(seconds, 1e-9):.2f} pairs/s) |",
+        f"| seconds of training | {seconds:.1f} ({computed['examples'] / max(seconds, 1e-9):.2f} examples/s) |",
     ]
 
 

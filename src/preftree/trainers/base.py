@@ -143,6 +143,16 @@ class TreeTrainer(Trainer):
         train_dataset = given.get("train_dataset")
         if train_dataset is not None and (sample := next(iter(train_dataset), None)) is not None:
             self.text_fields(sample, "train dataset")
+            self._check_ranked_options(given, "completions" in sample)
+
+    def _check_ranked_options(self, given: dict[str, Any], ranked: bool) -> None:
+        if ranked and given.get("compute_metrics") is not None and self.predicts_logits:
+            raise ValueError(
+                "compute_metrics is given the logits of pairs, which ranked data are not: leave it out, or list the pairs"
+            )
+        for name, default in (("pair_weighting", "pair"), ("ties", "error")):
+            if not ranked and getattr(given["args"], name, default) != default:
+                warnings.warn(f"{name} has no effect: the data are not ranked completions", UserWarning, stacklevel=2)
 
     @classmethod
     def text_fields(cls, columns: Iterable[str] | None, source: str) -> tuple[str, ...]:

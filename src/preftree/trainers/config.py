@@ -14,7 +14,7 @@ import trl.experimental.orpo
 import trl.experimental.tpo
 
 from preftree.attention import BACKENDS
-from preftree.objectives import CPO_LOSSES, DPO_LOSSES, KTO_LOSSES, MIXING, OPTION_READERS, TPO_LOSSES
+from preftree.objectives import CPO_LOSSES, DIVERGENCES, DPO_LOSSES, KTO_LOSSES, MIXING, OPTION_READERS, TPO_LOSSES
 from preftree.trainers.groups import WEIGHTINGS
 
 OVERLONG = ("truncate", "drop", "error")
@@ -145,19 +145,17 @@ class DPOConfig(RankedArguments, ReferenceArguments, trl.DPOConfig):
             if loss_type not in DPO_LOSSES and loss_type != LIST_LOSS:
                 known = ", ".join([*sorted(DPO_LOSSES), LIST_LOSS])
                 raise ValueError(f"unknown loss_type {loss_type!r}: choose from {known}")
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise ValueError(
-                f"{len(self.loss_type)} loss types ({', '.join(self.loss_type)}), but {len(self.loss_weights)} "
-                "loss_weights: give one weight for each"
-            )
         if LIST_LOSS in self.loss_type:
             self._check_list_loss()
-        if "exo_pair" in self.loss_type and not 0 < self.label_smoothing < 0.5:
-            raise ValueError(f"loss_type 'exo_pair' needs 0 < label_smoothing < 0.5, got {self.label_smoothing}")
+        if "exo_pair" in self.loss_type and not 0 < self.label_smoothing < 1:
+            raise ValueError(f"loss_type 'exo_pair' needs 0 < label_smoothing < 1, got {self.label_smoothing}")
         if "robust" in self.loss_type and not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"loss_type 'robust' needs 0 <= label_smoothing < 0.5, got {self.label_smoothing}")
-        readers = OPTION_READERS["f_divergence_type"]
-        if self.f_divergence_type != "reverse_kl" and (others := sorted(set(self.loss_type) - readers)):
+        if self.f_divergence_type not in DIVERGENCES:
+            known = ", ".join(DIVERGENCES)
+            raise ValueError(f"unknown f_divergence_type {self.f_divergence_type!r}: choose from {known}")
+        allowed = OPTION_READERS["f_divergence_type"] | {"sft"}
+        if self.f_divergence_type != "reverse_kl" and (others := sorted(set(self.loss_type) - allowed)):
             raise ValueError(
                 f"f_divergence_type {self.f_divergence_type!r} cannot be combined with loss_type {', '.join(others)}"
             )

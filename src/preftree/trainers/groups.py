@@ -154,8 +154,12 @@ class Layout:
             group = self._ranked(sequences, prompt_lengths, example[SCORES])
         else:
             sides = {side: [index] for index, side in enumerate(self.sides)}
-            group = Group(sequences, prompt_lengths, [1] * len(sequences), sides, [1.0])
+            group = Group(sequences, prompt_lengths, [1] * len(sequences), sides, [1.0], ranking=self._pair_ranking())
         return self._with_whole(group) if self.whole_chosen else group
+
+    def _pair_ranking(self) -> list[int]:
+        """A pair as a ranked list of two."""
+        return [self.sides.index("chosen"), self.sides.index("rejected")] if self.lists else []
 
     def _ranked(self, sequences: list[list[int]], prompt_lengths: list[int], scores: Sequence[float]) -> Group:
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
@@ -196,7 +200,7 @@ class Layout:
         for members in map(list, zip(*blocks, strict=True)):
             sides = {side: [index] for index, side in enumerate(self.sides)}
             ids, lengths = [list(ids) for ids, _ in members], [length for _, length in members]
-            group = Group(ids, lengths, [1] * len(members), sides, [1.0])
+            group = Group(ids, lengths, [1] * len(members), sides, [1.0], ranking=self._pair_ranking())
             groups.append(self._with_whole(group) if self.whole_chosen else group)
         return groups
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import hash_module, use_adapter
+from trl.trainer.utils import get_config_model_id, hash_module, use_adapter
 
 from preftree.logprobs import sequence_logps
 from preftree.packing import PackedRow
@@ -26,6 +27,18 @@ class ReferencedTrainer(TreeTrainer):
     """Adds the reference's log-probabilities to the terms of a loss."""
 
     ld_alpha: float | None = None
+
+    def _check_arguments(self, given: dict[str, Any]) -> None:
+        super()._check_arguments(given)
+        model, args = given["model"], given["args"]
+        own = (
+            given.get("ref_model") is not None or given.get("peft_config") is not None or args.precompute_ref_log_probs
+        )
+        if not own and isinstance(model, PreTrainedModel) and not get_config_model_id(model.config):
+            raise ValueError(
+                f"{type(self).__name__} compares with a reference, and there is none: the model was not loaded from a name "
+                "or folder from which to load it again. Pass ref_model, or set precompute_ref_log_probs=True"
+            )
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[torch.nn.Module]:
