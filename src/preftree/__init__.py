@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from preftree.logprobs import SequenceLogps, sequence_logps
 from preftree.models import prepare_model
 from preftree.packing import PackedRow, pack
+from preftree.sharing import PrefixSharing, share_prefixes
 from preftree.tree import TokenTree
 from preftree.version import __version__
 
@@ -19,12 +20,14 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "PackedRow",
+    "PrefixSharing",
     "SequenceLogps",
     "TokenTree",
     "__version__",
     "pack",
     "prepare_model",
     "sequence_logps",
+    "share_prefixes",
 ]
 
 

@@ -46,8 +46,12 @@ class PreparedModel:
     @property
     def vocabulary_size(self) -> int:
         """Token ids that the model can both read and score."""
-        read = cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
-        return min(read, cast(torch.nn.Linear, self.model.get_output_embeddings()).weight.shape[0])
+        return min(self.num_embeddings, cast(torch.nn.Linear, self.model.get_output_embeddings()).weight.shape[0])
+
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids that the model can read."""
+        return cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
 
     def hidden_states(self, row: PackedRow) -> torch.Tensor:
         """Final hidden states of a row, ``[S, hidden]`` (see `run`)."""
