@@ -76,9 +76,8 @@ class _Sharing:
             # (A GPU reports it by itself, as it does for the stock model.)
             batch.check_vocabulary(self.prepared.num_embeddings)
         first = self._first_positions(batch, position_ids)
-        used = first[batch.length > 0]
         farthest = int((first + batch.length).max())
-        if used.min() != used.max() and used.min() >= 0 and farthest <= self.positions.invariant_below:
+        if first.min() != first.max() and first.min() >= 0 and farthest <= self.positions.invariant_below:
             # Rows that stand at different positions share a prefix only where moving them changes nothing.
             first = torch.zeros_like(first)
         return merge(batch, first, fixed_lengths=input_ids.device.type == "cuda")
