@@ -6,6 +6,7 @@ from preftree.logprobs import SequenceLogps, sequence_logps
 from preftree.models import prepare_model
 from preftree.packing import PackedRow, pack
 from preftree.rewards import sequence_rewards
+from preftree.sharing import PrefixSharing, share_prefixes
 from preftree.tree import TokenTree
 from preftree.version import __version__
 
@@ -33,6 +34,7 @@ __all__ = [
     "ORPOConfig",
     "ORPOTrainer",
     "PackedRow",
+    "PrefixSharing",
     "RewardConfig",
     "RewardTrainer",
     "SequenceLogps",
@@ -44,6 +46,7 @@ __all__ = [
     "prepare_model",
     "sequence_logps",
     "sequence_rewards",
+    "share_prefixes",
 ]
 
 

@@ -8,6 +8,7 @@ in each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -80,7 +81,8 @@ def sequence_logps(
 
 
 def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool, experts: bool) -> SequenceLogps:
-    output = prepared.run(row, **({"output_router_logits": True} if experts else {}))
+    options: dict[str, Any] = {"output_router_logits": True} if experts else {}
+    output = prepared.run(row, **options)
     hidden_SH = output.last_hidden_state[0]
     # Each scored node once, however many sequences share it.
     nodes, entry = row.scored_nodes.unique(return_inverse=True)

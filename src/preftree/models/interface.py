@@ -55,6 +55,11 @@ def activate(row: PackedRow, backend: str) -> Iterator[ActiveRow]:
         _active_row.reset(token)
 
 
+def row_is_active() -> bool:
+    """Whether the forward pass that is running is that of a row."""
+    return _active_row.get() is not None
+
+
 @dataclass
 class RowMask:
     """What layers receive in place of a mask tensor: attention bound to the row and the family's rule."""

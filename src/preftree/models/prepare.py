@@ -31,7 +31,7 @@ def _tree_aware(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _base(model: Any) -> PreTrainedModel:
+def base_model(model: Any) -> PreTrainedModel:
     """The transformers model below PEFT's wrapper."""
     if (below := below_peft(model)) is not None:
         for config in model.peft_config.values():
@@ -47,9 +47,7 @@ def _base(model: Any) -> PreTrainedModel:
                 )
         model = below
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"prepare_model takes a transformers model or a PEFT model around one, got {type(model).__name__}"
-        )
+        raise TypeError(f"expected a transformers model or a PEFT model around one, got {type(model).__name__}")
     return model
 
 
@@ -61,6 +59,46 @@ def _serves_eagerly(model: PreTrainedModel, implementation: str | None) -> bool:
     return implementation in ("eager", interface.OVER_EAGER) or not model._supports_sdpa or bool(capped)
 
 
+def restore_attention(base: PreTrainedModel, implementation: str | None) -> None:
+    """Give ``base`` back the attention it had before `attach_tree_attention`, unless it has got another one since."""
+    if base.config._attn_implementation not in (interface.OVER_SDPA, interface.OVER_EAGER):
+        return
+    if implementation in (None, "eager", "sdpa") or "flash" in implementation or "flex" in implementation:
+        base.set_attn_implementation(implementation or "eager")
+
+
+def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = True) -> PreparedModel:
+    """Put tree attention under ``base``, whose ordinary batches run as before; a model that is refused stays as it was.
+
+    Raises:
+        NotImplementedError: if the family or a setting cannot be computed exactly, naming family, setting and reason.
+        ValueError: for weights that give no finite hidden states.
+    """
+    family = f"{type(base).__name__} (model_type {base.config.model_type!r})"
+    if (refusal := find_refusal(base)) is not None:
+        setting, reason = refusal
+        raise NotImplementedError(f"{family} cannot share prefixes exactly: {setting}: {reason}")
+    for argument in ("input_ids", "position_ids", "attention_mask"):
+        if not takes(base, argument):
+            raise NotImplementedError(
+                f"{family} cannot share prefixes exactly: its forward pass takes no {argument}, so tokens cannot be "
+                "placed by their position in the sequence"
+            )
+    implementation = base.config._attn_implementation
+    name = interface.OVER_EAGER if _serves_eagerly(base, implementation) else interface.OVER_SDPA
+    try:
+        prepared = PreparedModel(base, backend)
+        base.set_attn_implementation(name)
+        if verify:
+            verify_on_tree(prepared)
+    except Exception as error:
+        restore_attention(base, implementation)
+        if isinstance(error, NotImplementedError):
+            raise NotImplementedError(f"{family} cannot share prefixes exactly: {error}") from error
+        raise
+    return prepared
+
+
 def prepare_model(model: torch.nn.Module, backend: str = "auto", verify: bool = True) -> torch.nn.Module:
     """Let a transformers causal language model run packed rows of trees (see `preftree.sequence_logps`).
 
@@ -69,7 +107,8 @@ def prepare_model(model: torch.nn.Module, backend: str = "auto", verify: bool = 
     the backend.
 
     Args:
-        model: a `PreTrainedModel` with a language-modelling head, or a PEFT model around one.
+        model: a `PreTrainedModel` with a language-modelling head (or a sequence classifier, for rewards), or a PEFT model
+            around one.
         backend: "auto" chooses by device; "dense" is the specification; "flex" FlexAttention (GPU); "varlen" goes run
             by run.
         verify: run a tree of some thirty tokens through the model and compare with the stock model on each of its
@@ -82,40 +121,11 @@ def prepare_model(model: torch.nn.Module, backend: str = "auto", verify: bool = 
         NotImplementedError: if the family or a setting cannot be computed exactly, naming family, setting and reason.
         ValueError: for an unknown backend, or weights that give no finite log-probabilities.
     """
-    base = _base(model)
+    base = base_model(model)
     choose_backend(backend, base.device)
     if (prepared := getattr(base, ATTRIBUTE, None)) is not None:
         prepared.backend = backend
         return model
-    family = f"{type(base).__name__} (model_type {base.config.model_type!r})"
-    if (refusal := find_refusal(base)) is not None:
-        setting, reason = refusal
-        raise NotImplementedError(f"{family} cannot share prefixes exactly: {setting}: {reason}")
-    for argument in ("input_ids", "position_ids", "attention_mask"):
-        if not takes(base, argument):
-            raise NotImplementedError(
-                f"{family} cannot share prefixes exactly: its forward pass takes no {argument}, so tokens cannot be "
-                "placed by their position in the sequence"
-            )
-    own_forward = base.__dict__.get("forward")
-    implementation = base.config._attn_implementation
-    name = interface.OVER_EAGER if _serves_eagerly(base, implementation) else interface.OVER_SDPA
-    try:
-        prepared = PreparedModel(base, backend)
-        setattr(base, ATTRIBUTE, prepared)
-        base.forward = MethodType(_tree_aware(type(base).forward), base)
-        base.set_attn_implementation(name)
-        if verify:
-            verify_on_tree(prepared)
-    except Exception as error:
-        base.__dict__.pop(ATTRIBUTE, None)
-        if own_forward is None:
-            base.__dict__.pop("forward", None)
-        else:
-            base.forward = own_forward
-        if implementation in (None, "eager", "sdpa") or "flash" in implementation or "flex" in implementation:
-            base.set_attn_implementation(implementation or "eager")
-        if isinstance(error, NotImplementedError):
-            raise NotImplementedError(f"{family} cannot share prefixes exactly: {error}") from error
-        raise
+    setattr(base, ATTRIBUTE, attach_tree_attention(base, backend, verify))
+    base.forward = MethodType(_tree_aware(type(base).forward), base)
     return model

@@ -46,17 +46,32 @@ class PreparedModel:
     @property
     def vocabulary_size(self) -> int:
         """Token ids that the model can both read and score (a sequence classifier: read)."""
-        read = cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
         if self.classifies:
-            return read
-        return min(read, cast(torch.nn.Linear, self.model.get_output_embeddings()).weight.shape[0])
+            return self.num_embeddings
+        return min(self.num_embeddings, cast(torch.nn.Linear, self.model.get_output_embeddings()).weight.shape[0])
+
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids that the model can read."""
+        return cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
 
     def hidden_states(self, row: PackedRow) -> torch.Tensor:
         """Final hidden states of a row, ``[S, hidden]`` (see `run`)."""
         return self.run(row).last_hidden_state[0]
 
-    def run(self, row: PackedRow, **options: Any) -> Any:
+    def run(
+        self,
+        row: PackedRow,
+        position_ids: torch.Tensor | None = None,
+        forward: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> Any:
         """The backbone's output for a row; ``options`` are passed to its forward pass.
+
+        Args:
+            position_ids: LongTensor ``[S]``, where the model is to place the tokens; without it, at the row's own
+                positions. Windows and chunks count by the row's own positions either way.
+            forward: called in place of the backbone.
 
         Raises:
             NotImplementedError: if a layer does not attend through the tree.
@@ -64,10 +79,10 @@ class PreparedModel:
         device = row.device
         backend = choose_backend(self.backend, device)
         with interface.activate(row, backend) as active:
-            output = self.backbone(
+            output = (forward or self.backbone)(
                 input_ids=row.input_ids[None],
                 attention_mask=torch.ones(1, len(row), dtype=torch.long, device=device),
-                position_ids=row.position_ids[None],
+                position_ids=(row.position_ids if position_ids is None else position_ids)[None],
                 use_cache=False,
                 **options,
             )

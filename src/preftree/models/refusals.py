@@ -40,6 +40,20 @@ def disable_dropout(model: torch.nn.Module) -> None:
         setattr(model.get_submodule(name), attribute, 0.0)
 
 
+def switched_on_since(model: PreTrainedModel) -> str | None:
+    """What rules sharing out though `find_refusal` once found nothing: trainers and adapters change a model later."""
+    for name, attribute, probability in active_dropout(model):
+        if model.get_submodule(name).training:
+            return f"dropout ({name or 'model'}.{attribute} = {probability})"
+    embeddings = model.get_input_embeddings()
+    if embeddings.training and getattr(embeddings, "neftune_noise_alpha", None):
+        return "NEFTune noise"
+    adapters = getattr(model, "peft_config", None)
+    if isinstance(adapters, dict) and any(getattr(a, "alora_invocation_tokens", None) for a in adapters.values()):
+        return "alora_invocation_tokens (activated LoRA)"
+    return None
+
+
 def _rope_types(config: PreTrainedConfig, model: torch.nn.Module) -> Iterator[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     for value in (parameters, *parameters.values()):
