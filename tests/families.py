@@ -167,7 +167,9 @@ _HEADS = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel"}
 _CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
 
 
-def build(family: str, settings: dict, seed: int = 0, **loading) -> transformers.PreTrainedModel:
+def build(
+    family: str, settings: dict, seed: int = 0, head: str = "CausalLM", **loading
+) -> transformers.PreTrainedModel:
     """A model of the family with random weights, in float32 and evaluation mode."""
     config_class = getattr(transformers, _CONFIGS.get(family, f"{family}Config"))
     own = config_class()
@@ -175,7 +177,8 @@ def build(family: str, settings: dict, seed: int = 0, **loading) -> transformers
     if "attn_logit_softcapping" in settings:
         loading.setdefault("attn_implementation", "eager")
     torch.manual_seed(seed)
-    model_class = getattr(transformers, _HEADS.get(family, f"{family}ForCausalLM"))
+    name = _HEADS.get(family, f"{family}ForCausalLM") if head == "CausalLM" else f"{family}For{head}"
+    model_class = getattr(transformers, name, None) or getattr(transformers, name.replace("For", "TextFor"))
     model = model_class._from_config(config_class(**(sizes | settings)), **loading).float().eval()
     # Norms and biases start at one and zero, which hides what they would add: shake everything a little.
     with torch.no_grad():

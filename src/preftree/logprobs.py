@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from preftree.models import PreparedModel, prepare_model, prepared_part
+from preftree.models import PreparedModel, ready_to_run
 from preftree.packing import PackedRow
 
 # Logits of one chunk hold at most this many float32 numbers (256 MiB).
@@ -67,16 +67,13 @@ def sequence_logps(
 
     Raises:
         NotImplementedError: if the model cannot share prefixes exactly.
-        ValueError: for token ids outside the model's vocabulary.
+        ValueError: for token ids outside the model's vocabulary, and for a sequence classifier.
     """
-    if (prepared := prepared_part(model)) is None:
-        prepared = prepared_part(prepare_model(model))
-    if prepared is not None and row.device.type == "cpu":
-        # (On a GPU, asking would make it wait at every step.)
-        highest = int(row.input_ids.max()) if len(row) else 0
-        if highest >= prepared.vocabulary_size:
-            raise ValueError(f"token id {highest} is outside the model's vocabulary of {prepared.vocabulary_size}")
-    row = row.to(next(model.parameters()).device)
+    prepared, row = ready_to_run(model, row)
+    if prepared.classifies:
+        raise ValueError(
+            f"{type(prepared.model).__name__} has no output head over the vocabulary: sequence_rewards gives its scores"
+        )
     return model(on_tree=lambda prepared: _score_row(prepared, row, statistics, experts))
 
 

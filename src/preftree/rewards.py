@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from preftree.models import PreparedModel, prepare_model, prepared_part
+from preftree.models import PreparedModel, ready_to_run
 from preftree.packing import PackedRow
 
 
@@ -23,16 +23,14 @@ def sequence_rewards(model: torch.nn.Module, row: PackedRow) -> torch.Tensor:
 
     Raises:
         NotImplementedError: if the model cannot share prefixes exactly.
-        ValueError: if it has no score head of one label.
+        ValueError: if it has no score head of one label, and for token ids outside the model's vocabulary.
     """
-    if (prepared := prepared_part(model)) is None:
-        prepared = prepared_part(prepare_model(model))
-    if prepared is not None and not (prepared.classifies and prepared.model.config.num_labels == 1):
+    prepared, row = ready_to_run(model, row)
+    if not (prepared.classifies and prepared.model.config.num_labels == 1):
         raise ValueError(
             f"{type(prepared.model).__name__} gives no rewards: load the model with "
             "AutoModelForSequenceClassification and num_labels=1"
         )
-    row = row.to(next(model.parameters()).device)
     return model(on_tree=lambda prepared: _rewards(prepared, row))
 
 

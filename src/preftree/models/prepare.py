@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from preftree.attention import choose_backend
 from preftree.models import interface
-from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, takes
+from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal
 from preftree.models.verify import verify_on_tree
+from preftree.packing import PackedRow
 
 
 def _tree_aware(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,3 +130,21 @@ def prepare_model(model: torch.nn.Module, backend: str = "auto", verify: bool = 
     setattr(base, ATTRIBUTE, attach_tree_attention(base, backend, verify))
     base.forward = MethodType(_tree_aware(type(base).forward), base)
     return model
+
+
+def ready_to_run(model: torch.nn.Module, row: PackedRow) -> tuple[PreparedModel, PackedRow]:
+    """What is prepared in a model (prepared now, if it is not), and the row on its device.
+
+    Raises:
+        NotImplementedError: if the model cannot share prefixes exactly.
+        ValueError: for token ids outside the model's vocabulary.
+    """
+    prepared = prepared_part(model) or prepared_part(prepare_model(model))
+    if prepared is None:
+        raise TypeError(f"{type(model).__name__} hides the model that it wraps: prepare_model that one first")
+    if row.device.type == "cpu":
+        # (On a GPU, asking would make it wait at every step.)
+        highest = int(row.input_ids.max()) if len(row) else 0
+        if highest >= prepared.vocabulary_size:
+            raise ValueError(f"token id {highest} is outside the model's vocabulary of {prepared.vocabulary_size}")
+    return prepared, row.to(next(model.parameters()).device)
