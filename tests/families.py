@@ -140,6 +140,7 @@ REFUSED: dict[str, tuple[str, dict, str]] = {
     ),
     "dropout": ("GPT2", _GPT2 | {"resid_pdrop": 0.1}, "dropout"),
     "attention-dropout": ("Llama", {"attention_dropout": 0.1}, "dropout"),
+    "router-noise": ("Mixtral", _MOE | {"router_jitter_noise": 0.1}, "in training its forward pass is random"),
     "bloom": ("Bloom", {"n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}, "position_ids"),
     "mpt": ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "alibi"),
     "falcon": ("Falcon", {"hidden_dropout": 0.0, "alibi": True}, "alibi"),

@@ -93,6 +93,7 @@ def verify_on_tree(prepared: PreparedModel) -> None:
                 f"{noise:.2g}, the largest is {scale:.2g}): its arithmetic depends on a token's place in the row"
             )
         _verify_head(prepared, sequences[0], device)
+        _verify_training(prepared, sequences[0], scale)
     finally:
         model.train(was_training)
 
@@ -126,3 +127,21 @@ def _verify_head(prepared: PreparedModel, sequence: list[int], device: torch.dev
         parts = parts[real[-1] if real else 0]
     if parts.shape != whole.shape or float((parts - whole).abs().max()) > 1e-4 * float(whole.abs().max()):
         raise NotImplementedError("its output head cannot be run apart from its backbone")
+
+
+def _verify_training(prepared: PreparedModel, sequence: list[int], scale: float) -> None:
+    """In training, too, the forward pass must give one result: noise would be drawn once where sequences draw it apart."""
+    ids = torch.tensor([sequence], device=prepared.device)
+    prepared.model.train()
+    runs = []
+    with torch.random.fork_rng():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            runs.append(_stock_hidden(prepared, ids))
+    difference = float((runs[0] - runs[1]).abs().max())
+    if difference > _TOLERANCE * scale:
+        raise NotImplementedError(
+            f"in training its forward pass is random (hidden states of one sequence differ by {difference:.2g} between two "
+            "runs): a shared prefix would get one noise where separate sequences get several. Switch the noise off (a "
+            "mixture of experts: router_jitter_noise, input_jitter_noise)"
+        )
