@@ -23,10 +23,10 @@ demo-%: $(VENV)/ready
 	$(RUN) examples/demo.py --method $* --output_dir $(OUT)-$*
 
 test: $(VENV)/ready
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto
 
 test-convergence: $(VENV)/ready
-	$(RUN) -m pytest -q -m convergence
+	$(RUN) -m pytest -q -n auto -m convergence
 
 checkstyle: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# The models are tiny: a process of the test run for each core is faster than a thread for each core.
+torch.set_num_threads(1)
+
 WORDS = [
     "the",
     "a",

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from preftree.attention import choose_backend
 from preftree.models.interface import row_is_active
-from preftree.models.positions import StockPositions, find_stock_positions
 from preftree.models.prepare import attach_tree_attention, base_model, restore_attention
 from preftree.models.prepared import ATTRIBUTE, PreparedModel
 from preftree.models.refusals import switched_on_since
-from preftree.padded import MergedBatch, PaddedBatch, merge
-from preftree.shareable import CannotShareError, check_arguments, named_arguments, scores_padding
+from preftree.sharing.arguments import CannotShareError, check_arguments, named_arguments, scores_padding
+from preftree.sharing.padded import MergedBatch, PaddedBatch, merge
+from preftree.sharing.positions import StockPositions, find_stock_positions
 
 _PATCH = "_preftree_sharing"
 
