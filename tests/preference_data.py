@@ -43,3 +43,24 @@ def chat_pairs(count: int, seed: int = 0) -> list[dict]:
 
 def dataset(pairs: list[dict]) -> Dataset:
     return Dataset.from_list(pairs)
+
+
+def examples(method: str, pairs: list[dict], seed: int = 5) -> list[dict]:
+    """Pairs in the form that a method's trainer takes."""
+    generator = random.Random(seed)
+    chat = isinstance(pairs[0]["chosen"], list)
+
+    def text():
+        words = sentence(generator, 1, 12)
+        return [{"role": "assistant", "content": words}] if chat else words
+
+    if method == "TPO":
+        return [pair | {"reference": text()} for pair in pairs]
+    if method == "KTO":
+        sides = (("chosen", True), ("rejected", False))
+        return [
+            {"prompt": pair["prompt"], "completion": pair[side], "label": label}
+            for pair in pairs
+            for side, label in sides
+        ]
+    return pairs

@@ -5,12 +5,13 @@ import sys
 
 import conftest  # noqa: F401 (sets up the environment)
 import torch
-from preference_data import dataset, text_pairs
+from preference_data import dataset, examples, text_pairs
 from trl_runs import end_of, train
 
 if __name__ == "__main__":
     kind, settings, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-    trainer = train(kind, settings.pop("model"), dataset(text_pairs(23)), **settings)
+    data = examples(settings.get("method", "DPO"), text_pairs(23))
+    trainer = train(kind, settings.pop("model"), dataset(data), **settings)
     rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0])
     rows_of_ranks = trainer.accelerator.gather(rows).tolist()
     if trainer.accelerator.is_main_process:

@@ -14,6 +14,7 @@ from preftree.objectives import (
     completion_weights,
     load_balancing,
     scores,
+    wpo_weight,
 )
 
 BETA, EPS, TAU = 0.3, 0.1, 0.05
@@ -262,3 +263,16 @@ def test_load_balancing_is_transformers_own():
     assert float(got) == pytest.approx(float(expected), rel=1e-6)
     for mine, theirs in zip(torch.autograd.grad(got, logits), torch.autograd.grad(expected, logits), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_weight_of_what_the_policy_would_say():
+    """Two completions over a vocabulary of three, token by token."""
+    probs = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.3, 0.5]], dtype=torch.float64, requires_grad=True)
+    tokens, lengths = [0, 2, 1], torch.tensor([2, 1])
+    logps = torch.stack([probs[0, 0].log() + probs[1, 2].log(), probs[2, 1].log()])
+    squares = torch.stack([(probs[:2] ** 2).sum(-1).log().sum(), (probs[2] ** 2).sum().log()])
+    weights = wpo_weight(logps, squares, lengths)
+    p = probs.tolist()
+    aligned = [p[i][token] / sum(x * x for x in p[i]) for i, token in enumerate(tokens)]
+    assert weights.tolist() == pytest.approx([math.sqrt(aligned[0] * aligned[1]), aligned[2]])
+    assert not weights.requires_grad

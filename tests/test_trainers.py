@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import word_tokenizer
 from families import EXACT, build
-from preference_data import chat_pairs, dataset, sentence, text_pairs
+from preference_data import chat_pairs, dataset, examples, text_pairs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl_runs import COMMON, classes, construct, differences, train
 
@@ -20,27 +20,6 @@ METHODS = ("ORPO", "CPO", "TPO", "KTO", "Reward")
 OVER_PADDING = {"ORPO": ("logits/",), "CPO": ("logits/",)}
 # What the steps are long enough for to change the parameters, and short enough to leave them finite.
 RATES = {"ORPO": 0.03, "CPO": 0.03, "TPO": 0.01, "KTO": 0.03, "Reward": 3e-3}
-
-
-def examples(method: str, pairs: list[dict], seed: int = 5) -> list[dict]:
-    """Pairs in the form that a method's trainer takes."""
-    generator = random.Random(seed)
-    chat = isinstance(pairs[0]["chosen"], list)
-
-    def text():
-        words = sentence(generator, 1, 12)
-        return [{"role": "assistant", "content": words}] if chat else words
-
-    if method == "TPO":
-        return [pair | {"reference": text()} for pair in pairs]
-    if method == "KTO":
-        sides = (("chosen", True), ("rejected", False))
-        return [
-            {"prompt": pair["prompt"], "completion": pair[side], "label": label}
-            for pair in pairs
-            for side, label in sides
-        ]
-    return pairs
 
 
 def settings_of(method: str, **settings) -> dict:
@@ -284,6 +263,17 @@ def test_pairs_are_the_same_training_as_their_rows_one_by_one(model_path):
     pairs = train("preftree", model_path, dataset(text_pairs(12)), method="KTO", **settings)
     rows = train("trl", model_path, dataset(examples("KTO", text_pairs(12))), method="KTO", **settings)
     assert max(differences(rows, pairs)) <= 1e-5
+
+
+def test_streamed_pairs_become_single_answers(model_path):
+    settings = settings_of("KTO", max_steps=3)
+    runs = [
+        train("preftree", model_path, data, method="KTO", **settings)
+        for data in (dataset(text_pairs(12)), dataset(text_pairs(12)).to_iterable_dataset())
+    ]
+    assert max(differences(*runs)) <= 1e-6
+    implicit = dataset(text_pairs(12, explicit=False)).to_iterable_dataset()
+    train("preftree", model_path, implicit, method="KTO", **settings)
 
 
 def test_trls_order_of_pairs_can_be_kept(model_path):

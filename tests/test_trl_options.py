@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 from conftest import word_tokenizer
-from preference_data import chat_pairs, dataset, text_pairs
-from test_trainers import OVER_PADDING, RATES, examples, settings_of
+from preference_data import chat_pairs, dataset, examples, text_pairs
+from test_trainers import OVER_PADDING, RATES, settings_of
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl_runs import construct, differences, train
 

@@ -503,6 +503,23 @@ def load_balancing(counts: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     return len(counts) * (counts / total * (probs / total)).sum()
 
 
+def wpo_weight(logps: torch.Tensor, log_sum_sq_probs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """WPO's weight of a completion: how probable the policy finds it, against what it would sample itself.
+
+    ``exp(mean over its tokens of log p(y) - log sum_v p_v^2)``; a pair's loss is multiplied by both of its weights (Zhou et
+    al., arXiv 2406.11827, eq. 2).
+
+    Args:
+        logps: ``[n]``, sums over the completion's tokens.
+        log_sum_sq_probs: ``[n]``, sums of ``log sum_v p_v^2`` over the same tokens.
+        lengths: ``[n]``, how many these are.
+
+    Returns:
+        ``[n]``, without gradient.
+    """
+    return ((logps - log_sum_sq_probs).detach() / lengths.clamp(min=1)).exp()
+
+
 def completion_weights(lengths: torch.Tensor, ld_alpha: float) -> torch.Tensor:
     """LD-DPO's weight of each scored token (Liu et al., arXiv 2409.06411): 1 up to the shorter of a pair's completions,
     ``ld_alpha`` beyond.

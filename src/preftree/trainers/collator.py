@@ -90,14 +90,13 @@ class TreeCollator:
             "tokens": {side: sum(_scored(group, side) for group in groups) for side in groups[0].sides},
         }
         first_sequence = [sum(sizes[:index]) for index in range(len(groups))]
-        clusters = _cluster(groups, self.row_length) if self.share_prefixes else [[i] for i in range(len(groups))]
+        own_trees = [group.tree() for group in groups]
+        clusters = [[index] for index in range(len(groups))]
+        if self.share_prefixes:
+            clusters = _cluster(groups, [len(tree) for tree in own_trees], self.row_length)
         trees, sequence_ids = [], []
         for cluster in clusters:
-            tree = TokenTree.from_sequences(
-                [ids for index in cluster for ids in groups[index].sequences],
-                [length for index in cluster for length in groups[index].prompt_lengths],
-                [count for index in cluster for count in groups[index].multiplicities],
-            )
+            tree = own_trees[cluster[0]] if len(cluster) == 1 else _merged([groups[index] for index in cluster])
             trees.append(tree if self.share_prefixes else tree.unshared())
             sequence_ids += [first_sequence[index] + k for index in cluster for k in range(sizes[index])]
         row_length = self.row_length
@@ -137,10 +136,18 @@ def _members(row: PackedRow, groups: Sequence[Group], first_sequence: Sequence[i
     return {name: torch.tensor(values, dtype=torch.long) for name, values in members.items()}
 
 
-def _cluster(groups: Sequence[Group], row_length: int | None) -> list[list[int]]:
+def _merged(groups: Sequence[Group]) -> TokenTree:
+    """One tree of the sequences of several groups, in order."""
+    return TokenTree.from_sequences(
+        [ids for group in groups for ids in group.sequences],
+        [length for group in groups for length in group.prompt_lengths],
+        [count for group in groups for count in group.multiplicities],
+    )
+
+
+def _cluster(groups: Sequence[Group], sizes: Sequence[int], row_length: int | None) -> list[list[int]]:
     """Which groups to merge into one tree: those of the same prompt, of a prompt that begins another one, or that have
     a long start in common. A tree is kept short enough for a row."""
-    sizes = [len(group.tree()) for group in groups]
     shared = [_common_start(group.sequences) for group in groups]
     prompts = [min(*group.prompt_lengths, start) or start for group, start in zip(groups, shared, strict=True)]
     order = sorted(range(len(groups)), key=lambda index: (groups[index].sequences[0][: prompts[index]], index))

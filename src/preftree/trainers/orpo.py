@@ -41,9 +41,9 @@ class ORPOTrainer(LikelihoodTrainer, trl.experimental.orpo.ORPOTrainer):
         logps = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
         rewards = self.beta * logps[0], self.beta * logps[1]
         odds = log_odds(pairs)
-        gather = self.accelerator.gather_for_metrics
+        # Means of each rank's means, as in TRL.
         return {
             **self._likelihood_metrics(batch, rewards, logps, "chosen_whole"),
-            "log_odds_ratio": mean(torch.nn.functional.logsigmoid(odds), gather),
-            "log_odds_chosen": mean(odds, gather),
+            "log_odds_ratio": mean(torch.nn.functional.logsigmoid(odds).mean(), self.accelerator.gather),
+            "log_odds_chosen": mean(odds.mean(), self.accelerator.gather),
         }

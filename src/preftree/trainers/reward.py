@@ -67,14 +67,15 @@ class RewardTrainer(TreeTrainer, trl.RewardTrainer):
 
     def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
         chosen, rejected = batch.side("chosen", "rewards"), batch.side("rejected", "rewards")
-        rewards = self.accelerator.gather(torch.cat((chosen, rejected)))
-        gather = self.accelerator.gather_for_metrics
+        gather = self.accelerator.gather
+        rewards = gather(torch.cat((chosen, rejected)))
         return {
             "min_reward": rewards.min().item(),
             "mean_reward": rewards.mean().item(),
             "max_reward": rewards.max().item(),
-            "accuracy": mean((chosen > rejected).float(), gather),
-            "margin": mean(chosen - rejected, gather),
+            # Means of each rank's means, as in TRL.
+            "accuracy": mean((chosen > rejected).float().mean(), gather),
+            "margin": mean((chosen - rejected).mean(), gather),
         }
 
     def _outputs(self, model, inputs, batch: MicroBatch) -> SequenceClassifierOutput:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from preftree.logprobs import SequenceLogps, sum_by_sequence
-from preftree.objectives import completion_weights
+from preftree.objectives import completion_weights, wpo_weight
 from preftree.packing import PackedRow
 
 Members = dict[str, torch.Tensor]
@@ -87,6 +88,7 @@ class MicroBatch:
                 self.values[name] = torch.zeros(shape, dtype=value.dtype, device=value.device)
             self.values[name][row.sequence_ids.to(value.device)] = value
 
+    @cached_property
     def joined(self) -> Members:
         """The members of all rows as those of one row that holds every sequence in order."""
         parts = [
@@ -100,7 +102,7 @@ class MicroBatch:
 
     def side(self, side: str, name: str) -> torch.Tensor:
         """Recorded values of a side's sequences, ``[units]``, units in order."""
-        members = self.joined()
+        members = self.joined
         values = self.values[name]
         return values[members[side][members["unit"].argsort()].to(values.device)]
 
@@ -134,7 +136,7 @@ class Terms:
             return joined[order.to(joined.device)]
 
         return cls(
-            batch.joined(),
+            batch.joined,
             {name: in_order([part.values[name] for part in parts]) for name in parts[0].values},
             {name: torch.stack([part.totals[name] for part in parts]).sum(0) for name in parts[0].totals},
         )
@@ -199,13 +201,9 @@ def weighted_logps(out: SequenceLogps, ld_alpha: float | None) -> torch.Tensor:
 
 
 def wpo_weights(out: SequenceLogps) -> torch.Tensor:
-    """WPO's weight of each sequence ``[n]``: ``exp(mean over its tokens of log p(y) - log sum_v p_v^2)``, no gradient.
-
-    (Zhou et al., arXiv 2406.11827, eq. 2.)
-    """
-    aligned = _given(out.token_logps).detach() - _given(out.log_sum_sq_probs)
+    """WPO's weight of each sequence ``[n]`` (see `objectives.wpo_weight`)."""
     lengths = _given(out.lengths)
-    return (sum_by_sequence(aligned, lengths) / lengths.clamp(min=1)).exp()
+    return wpo_weight(out.logps, sum_by_sequence(_given(out.log_sum_sq_probs), lengths), lengths)
 
 
 def statistics(out: SequenceLogps) -> dict[str, torch.Tensor]:
