@@ -194,6 +194,15 @@ def test_bad_data_of_other_trainers(model_path, tmp_path, method):
         make(model_path, data(chosen="a zebra"), tmp_path, tokenizer, method=method)
 
 
+def test_config_of_another_trainer(model_path, tmp_path):
+    for args in (
+        trl.KTOConfig(str(tmp_path), use_cpu=True, bf16=False),
+        preftree.KTOConfig(str(tmp_path), use_cpu=True, bf16=False),
+    ):
+        with pytest.raises(TypeError, match=r"args must be a DPOConfig \(preftree's or TRL's\), got KTOConfig"):
+            preftree.DPOTrainer(model_path, args=args, train_dataset=dataset(text_pairs(4)))
+
+
 def test_gold_answer_is_missing(model_path, tmp_path):
     with pytest.raises(ValueError, match="there is no column 'reference'"):
         make(model_path, text_pairs(4), tmp_path, method="TPO")

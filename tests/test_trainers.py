@@ -191,8 +191,17 @@ def test_collator_of_the_users(model_path, method):
     collator = construct("trl", model_path, dataset(examples(method, text_pairs(6))), method=method).data_collator
     data = examples(method, text_pairs(12))
     arguments = {"data_collator": collator}
+    # ORPO's and CPO's rows reach a collator cut already.
+    limit = {"max_length": 30} if method in ("ORPO", "CPO") else {}
     assert_same(
-        method, model_path, data, own=SEVERAL_ROWS, trainer_args=arguments, max_steps=2, remove_unused_columns=False
+        method,
+        model_path,
+        data,
+        own=SEVERAL_ROWS,
+        trainer_args=arguments,
+        max_steps=2,
+        remove_unused_columns=False,
+        **limit,
     )
 
 

@@ -63,6 +63,24 @@ def test_unshared_keeps_the_sequences():
     assert tree.parent.tolist() == [-1, 0, 1, -1, 3, 4, 5, -1]
 
 
+def test_multiplicities():
+    """A sequence that counts for nothing, listed again to be scored from another token on, lies on nodes of the others."""
+    sequences, counts = [[1, 2, 3], [1, 2], [1, 2, 3], [4]], [3, 1, 0, 0]
+    tree = preftree.TokenTree.from_sequences(sequences, [2, 1, 0, 0], counts)
+    assert len(tree) == 4
+    assert tree.num_unshared_tokens == 3 * 3 + 2
+    alone = tree.unshared()
+    assert len(alone) == 3 + 2 + 1  # [4] has no other to lie on
+    assert [alone.input_ids[path].tolist() for path in alone.paths] == sequences
+    assert alone.paths[2].tolist() == alone.paths[0].tolist()
+    row = preftree.pack([tree], 6)[0]
+    assert row.node_counts.tolist() == [4, 4, 3, 0, 0, 0]
+    assert row.last_nodes.tolist() == [2, 1, 2, 3]
+    for bad in ([1, 1], [1, 1, 1, -1]):
+        with pytest.raises(ValueError, match="multiplicities must be 4 numbers of at least 0"):
+            preftree.TokenTree.from_sequences(sequences, [2, 1, 0, 0], bad)
+
+
 def test_deep_chains_need_no_recursion():
     sequences = [[1] * length for length in range(1, 3000, 2)]
     assert len(preftree.TokenTree.from_sequences(sequences, [0] * len(sequences))) == 2999
