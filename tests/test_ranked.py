@@ -112,8 +112,8 @@ def test_ranks_and_chats(model_path):
 
 @pytest.mark.parametrize("settings", [{}, {"precompute_ref_log_probs": True}], ids=["reference", "cached"])
 def test_lists_of_different_lengths(model_path, settings):
-    """3 + 1 pairs a step: every pair weighs the same, so a prompt with more responses weighs more."""
-    assert_as_listed(model_path, ranked_examples(6, responses=(3, 2)), prompts=2, pairs=4, **settings)
+    """1 + 3 pairs a step: every pair weighs the same, so a prompt with more responses weighs more."""
+    assert_as_listed(model_path, ranked_examples(6, responses=(2, 3)), prompts=2, pairs=4, **settings)
 
 
 def test_mixture_of_experts(tmp_path):
