@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
 from preftree.logprobs import sequence_logps
@@ -21,23 +19,15 @@ from preftree.models import prepare_model, prepared_part
 from preftree.models.refusals import active_dropout, disable_dropout
 from preftree.objectives import load_balancing
 from preftree.packing import PackedRow, empty_row
-from preftree.trainers.checks import (
-    PAIR_FIELDS,
-    ExampleCheck,
-    check_columns,
-    check_raw,
-    check_tokenised,
-    check_weights,
-    vocabulary_of,
-)
+from preftree.trainers.checks import check_weights, vocabulary_of
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.config import upgrade
-from preftree.trainers.groups import RANKED_COLUMNS, RANKED_REFERENCE, Layout
-from preftree.trainers.ranked import flatten, regroup
+from preftree.trainers.groups import RANKED_COLUMNS, RANKED_REFERENCE
+from preftree.trainers.preparation import DataPreparation
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
 
 
-class TreeTrainer(Trainer):
+class TreeTrainer(DataPreparation):
     """A trainer of TRL's (the class that stands behind this one among the bases) on packed rows of token trees.
 
     A micro-batch's examples are merged into trees and packed into rows (`TreeArguments.row_length`), which run one after
@@ -46,9 +36,6 @@ class TreeTrainer(Trainer):
 
     Class attributes:
         config_class: preftree's config; TRL's own is taken too.
-        fields: columns of the raw data that an example is made of, beside the prompt.
-        takes_ranked: whether the data may be ranked completions instead.
-        cuts_at_max_length: whether TRL cuts what is longer (else it leaves it out).
         predicts_logits: whether `predict` and `compute_metrics` are given the logits of whole sequences.
         columns: numbers of an example that the objective needs.
         reference_columns: where data keep the reference's log-probabilities.
@@ -56,19 +43,17 @@ class TreeTrainer(Trainer):
 
     model: Any
     args: Any
-    _tokenizer: Any
     _total_train_tokens: int
     config_class: type[Any]
-    fields: tuple[str, ...] = PAIR_FIELDS
-    takes_ranked = True
-    cuts_at_max_length = True
     predicts_logits = True
     columns: tuple[str, ...] = ()
     reference_columns: tuple[str, ...] = ()
 
-    if TYPE_CHECKING:  # what TRL's class behind this one has
-
-        def __getattr__(self, name: str) -> Any: ...
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = next((base for base in cls.__mro__ if base.__module__.startswith("trl.")), None)
+        if stock is not None:
+            setattr(cls, "__signature__", inspect.signature(stock))  # noqa: B010  # for `help` and editors
 
     def __init__(self, *args, **kwargs):
         signature = inspect.signature(super().__init__)
@@ -89,11 +74,6 @@ class TreeTrainer(Trainer):
         self._prepare_for_trees()
 
     # --------------------------------------------------------------------------------------------- of each trainer
-
-    @classmethod
-    def layout(cls, args: Any) -> Layout:
-        """How an example is read."""
-        raise NotImplementedError
 
     def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
         """The share of these sequences in the micro-batch's loss."""
@@ -154,64 +134,11 @@ class TreeTrainer(Trainer):
             if not ranked and getattr(given["args"], name, default) != default:
                 warnings.warn(f"{name} has no effect: the data are not ranked completions", UserWarning, stacklevel=2)
 
-    @classmethod
-    def text_fields(cls, columns: Iterable[str] | None, source: str) -> tuple[str, ...]:
-        """The columns, beside the prompt, whose text or messages make an example of data with these columns.
-
-        Raises:
-            ValueError: if columns are missing or exclude each other, naming ``source``.
-            NotImplementedError: for images.
-        """
-        check_columns(columns, source, cls.fields, cls.takes_ranked)
-        return cls.fields
-
     def _vocabulary_of(self, given: dict[str, Any]) -> int:
         return vocabulary_of(given["model"], given["args"])
 
     def _construct(self, given: dict[str, Any]) -> None:
         super().__init__(**given)
-
-    @classmethod
-    def tokenize(cls, dataset: Dataset, tokenizer: Any, args: Any, vocabulary: int) -> Dataset:
-        """A data set checked and tokenised as for training, without a model.
-
-        Raises:
-            ValueError: for bad data, naming row and field.
-        """
-        trainer = cls.__new__(cls)
-        trainer._tokenizer, trainer._vocabulary = tokenizer, vocabulary
-        return trainer._prepare_dataset(dataset, tokenizer, args, "train")
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        # TRL would leave out in silence what max_length leaves no completion of; the check says which and how many.
-        unlimited = copy.copy(args)
-        unlimited.max_length = None
-        raw = self._raw(dataset, processing_class, args, dataset_name)
-        tokenised = super()._prepare_dataset(raw, processing_class, unlimited, dataset_name)
-        return self._checked(tokenised, args, source_of(dataset, dataset_name), "completions" in columns_of(dataset))
-
-    def _raw(self, dataset, processing_class, args, dataset_name):
-        """The data set checked, in the form that TRL tokenises."""
-        source = source_of(dataset, dataset_name)
-        columns = columns_of(dataset)
-        chat_template = getattr(processing_class, "chat_template", None) is not None
-        ties = getattr(args, "ties", "error")
-        dataset = check_raw(dataset, source, chat_template, self.text_fields(columns, source), ties)
-        return flatten(dataset, ties) if "completions" in columns else dataset
-
-    def _checked(self, dataset, args, source: str, ranked: bool):
-        """The tokenised data set, checked."""
-        layout = self.layout(args)
-        check = ExampleCheck(
-            source,
-            vocabulary=self._vocabulary,
-            layout=layout,
-            row_length=args.row_length,
-            overlong=args.overlong,
-            share_prefixes=args.share_prefixes,
-            cuts=self.cuts_at_max_length,
-        )
-        return check_tokenised(regroup(dataset, layout) if ranked else dataset, check)
 
     def _prepare_for_trees(self) -> None:
         """Prepare policy and reference, and put the collator in place; does nothing the second time."""
@@ -406,13 +333,3 @@ class TreeTrainer(Trainer):
             return super().floating_point_ops(inputs)
         model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
         return 6 * sum(row.num_tokens for row in inputs["rows"]) * model.num_parameters(exclude_embeddings=True)
-
-
-def source_of(dataset: Dataset | IterableDataset, name: str) -> str:
-    """What messages call a data set."""
-    file = dataset.info.dataset_name
-    return f"{name} dataset ({file})" if file else f"{name} dataset"
-
-
-def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
-    return dataset.column_names or list(next(iter(dataset), {}))

@@ -14,12 +14,12 @@ from datasets import Dataset, IterableDataset
 from preftree.logprobs import sequence_logps
 from preftree.objectives import KTO_LOSSES, KTOOptions, kl_estimate
 from preftree.packing import PackedRow
-from preftree.trainers.base import columns_of, source_of
 from preftree.trainers.checks import PAIR_FIELDS, ROW, check_columns, check_raw
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.config import KTOConfig
 from preftree.trainers.groups import Layout
 from preftree.trainers.metrics import entropy, mean
+from preftree.trainers.preparation import columns_of, source_of
 from preftree.trainers.referenced import ReferencedTrainer
 from preftree.trainers.step import MicroBatch, Terms
 

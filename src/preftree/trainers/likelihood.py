@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 from trl.trainer.utils import get_config_model_id
 
 from preftree.objectives import Pairs
-from preftree.trainers.base import TreeTrainer, columns_of, source_of
+from preftree.trainers.base import TreeTrainer
 from preftree.trainers.metrics import logit_metrics, mean, pair_metrics
+from preftree.trainers.preparation import columns_of, source_of
 from preftree.trainers.step import MicroBatch, Terms
 
 # What TRL's trainers cut at if max_length is None.

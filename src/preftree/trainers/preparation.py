@@ -1,0 +1,102 @@
+"""Data sets through TRL's own preparation, checked before and after it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, IterableDataset
+from transformers import Trainer
+
+from preftree.trainers.checks import PAIR_FIELDS, ExampleCheck, check_columns, check_raw, check_tokenised
+from preftree.trainers.groups import Layout
+from preftree.trainers.ranked import flatten, regroup
+
+
+class DataPreparation(Trainer):
+    """Checks what TRL's trainer (the class that stands behind this one among the bases) tokenises, and what it gives.
+
+    Class attributes:
+        fields: columns of the raw data that an example is made of, beside the prompt.
+        takes_ranked: whether the data may be ranked completions instead.
+        cuts_at_max_length: whether TRL cuts what is longer (else it leaves it out).
+    """
+
+    fields: tuple[str, ...] = PAIR_FIELDS
+    takes_ranked = True
+    cuts_at_max_length = True
+    _tokenizer: Any
+    _vocabulary: int
+
+    if TYPE_CHECKING:  # what TRL's class behind this one has
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def layout(cls, args: Any) -> Layout:
+        """How an example is read."""
+        raise NotImplementedError
+
+    @classmethod
+    def text_fields(cls, columns: Iterable[str] | None, source: str) -> tuple[str, ...]:
+        """The columns, beside the prompt, whose text or messages make an example of data with these columns.
+
+        Raises:
+            ValueError: if columns are missing or exclude each other, naming ``source``.
+            NotImplementedError: for images.
+        """
+        check_columns(columns, source, cls.fields, cls.takes_ranked)
+        return cls.fields
+
+    @classmethod
+    def tokenize(cls, dataset: Dataset, tokenizer: Any, args: Any, vocabulary: int) -> Dataset:
+        """A data set checked and tokenised as for training, without a model.
+
+        Raises:
+            ValueError: for bad data, naming row and field.
+        """
+        trainer = cls.__new__(cls)
+        trainer._tokenizer, trainer._vocabulary = tokenizer, vocabulary
+        return trainer._prepare_dataset(dataset, tokenizer, args, "train")
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        # TRL would leave out in silence what max_length leaves no completion of; the check says which and how many.
+        unlimited = copy.copy(args)
+        unlimited.max_length = None
+        raw = self._raw(dataset, processing_class, args, dataset_name)
+        tokenised = super()._prepare_dataset(raw, processing_class, unlimited, dataset_name)
+        return self._checked(tokenised, args, source_of(dataset, dataset_name), "completions" in columns_of(dataset))
+
+    def _raw(self, dataset, processing_class, args, dataset_name):
+        """The data set checked, in the form that TRL tokenises."""
+        source = source_of(dataset, dataset_name)
+        columns = columns_of(dataset)
+        chat_template = getattr(processing_class, "chat_template", None) is not None
+        ties = getattr(args, "ties", "error")
+        dataset = check_raw(dataset, source, chat_template, self.text_fields(columns, source), ties)
+        return flatten(dataset, ties) if "completions" in columns else dataset
+
+    def _checked(self, dataset, args, source: str, ranked: bool):
+        """The tokenised data set, checked."""
+        layout = self.layout(args)
+        check = ExampleCheck(
+            source,
+            vocabulary=self._vocabulary,
+            layout=layout,
+            row_length=args.row_length,
+            overlong=args.overlong,
+            share_prefixes=args.share_prefixes,
+            cuts=self.cuts_at_max_length,
+        )
+        return check_tokenised(regroup(dataset, layout) if ranked else dataset, check)
+
+
+def source_of(dataset: Dataset | IterableDataset, name: str) -> str:
+    """What messages call a data set."""
+    file = dataset.info.dataset_name
+    return f"{name} dataset ({file})" if file else f"{name} dataset"
+
+
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
+    return dataset.column_names or list(next(iter(dataset), {}))
