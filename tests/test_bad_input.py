@@ -354,6 +354,8 @@ def test_columns_of_ranked_data(model_path, tmp_path):
         make(model_path, [row | {"margin": 1.0} for row in ranked()], tmp_path, method="Reward")
     with pytest.raises(ValueError, match="compute_metrics is given the logits of pairs"):
         make(model_path, ranked(), tmp_path, trainer_args={"compute_metrics": lambda _: {}})
+    with pytest.raises(ValueError, match="generate_during_eval=True takes prompts from pairs"):
+        make(model_path, ranked(), tmp_path, method="ORPO", generate_during_eval=True)
     with pytest.raises(ValueError, match=r"row 0, field 'scores': .*100"):
         make(model_path, [row | {"scores": [1.0, 500.0, 2.0]} for row in ranked()], tmp_path, pair_weighting="lambda")
 

@@ -10,7 +10,7 @@ import torch
 from conftest import word_tokenizer
 from families import EXACT, build
 from oracle import stock_logps
-from preference_data import dataset, sentence
+from preference_data import dataset, sentence, text_pairs
 from transformers import AutoModelForCausalLM
 from trl_runs import construct, differences, train
 
@@ -288,6 +288,13 @@ def test_list_objective_trains(model_path, own):
         trainer.computed["unshared_tokens"]
         < sum(len(ids) for example in trainer.train_dataset for ids in example["sequences"]) * 6 + 1
     )
+
+
+@ONE_OR_MORE
+def test_list_objective_of_pairs_is_dpo(model_path, own):
+    pairs = dataset(text_pairs(12))
+    ours = train("preftree", model_path, pairs, own=own | {"loss_type": "plackett_luce"})
+    assert max(differences(train("trl", model_path, pairs), ours)) <= 1e-5
 
 
 def test_equal_scores_can_be_dropped(model_path):

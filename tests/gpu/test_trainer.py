@@ -29,7 +29,11 @@ def path(tmp_path_factory):
 
 
 @pytest.mark.parametrize("own", [{}, {"row_length": 128}], ids=["one-row", "several-rows"])
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"loss_type": ["aot", "sft"]}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_checkpointing": True}, {"loss_type": ["aot", "sft"]}, {"activation_offloading": True}],
+    ids=str,
+)
 def test_same_training_as_trl(path, settings, own):
     """Float32; products on the GPU round differently in rows than in batches, hence the wider tolerance."""
     settings = {"use_cpu": False, "tf32": False, "learning_rate": 1e-3, "per_device_train_batch_size": 10} | settings

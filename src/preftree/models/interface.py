@@ -34,10 +34,16 @@ _UNSUPPORTED_ARGUMENTS = ("indices", "topk_indices", "block_indices", "head_mask
 
 @dataclass
 class ActiveRow:
-    """The row of the forward pass that is running, and how many layers have attended to it."""
+    """The row of the forward pass that is running, and how many layers have attended to it.
+
+    Attributes:
+        contiguous: hand contiguous tensors to attention: TRL's activation offloading gives back what it stored as such,
+            which a compiled kernel's backward pass does not expect of others.
+    """
 
     row: PackedRow
     backend: str
+    contiguous: bool = False
     attention_calls: int = 0
 
 
@@ -45,9 +51,9 @@ _active_row: ContextVar[ActiveRow | None] = ContextVar("preftree_active_row", de
 
 
 @contextmanager
-def activate(row: PackedRow, backend: str) -> Iterator[ActiveRow]:
+def activate(row: PackedRow, backend: str, contiguous: bool = False) -> Iterator[ActiveRow]:
     """Masks that are made inside belong to ``row``."""
-    active = ActiveRow(row, backend)
+    active = ActiveRow(row, backend, contiguous)
     token = _active_row.set(active)
     try:
         yield active
@@ -135,6 +141,8 @@ def _tree_attention(eager: bool):
                 f"{len(row)}: it does not attend token by token"
             )
         attention_mask.active.attention_calls += 1
+        if attention_mask.active.contiguous:
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         out_BHSE = attention_mask.attend(query, key, value, Scores(scale, softcap, s_aux, position_bias))
         return out_BHSE.transpose(1, 2).contiguous(), None

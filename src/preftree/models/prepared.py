@@ -24,11 +24,13 @@ class PreparedModel:
     Attributes:
         model: the transformers model itself (below PEFT's wrapper, if any).
         backend: attention backend as the user named it ("auto", "dense", "flex", "varlen").
+        contiguous: see `interface.ActiveRow`.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str):
         self.model = model
         self.backend = backend
+        self.contiguous = False
         self.stock_forward: Callable[..., Any] = MethodType(type(model).forward, model)
         # What others (TRL, accelerate) may have put in its place on this instance.
         self.plain_forward: Callable[..., Any] = model.__dict__.get("forward", self.stock_forward)
@@ -78,7 +80,7 @@ class PreparedModel:
         """
         device = row.device
         backend = choose_backend(self.backend, device)
-        with interface.activate(row, backend) as active:
+        with interface.activate(row, backend, self.contiguous) as active:
             output = (forward or self.backbone)(
                 input_ids=row.input_ids[None],
                 attention_mask=torch.ones(1, len(row), dtype=torch.long, device=device),

@@ -153,6 +153,8 @@ class TreeTrainer(DataPreparation):
                     "reproduce separate dropout masks"
                 )
             prepare_model(self.accelerator.unwrap_model(part, keep_torch_compile=False), self.args.attention_backend)
+            if (prepared := prepared_part(part)) is not None:
+                prepared.contiguous = getattr(self.args, "activation_offloading", False)
         if not isinstance(self.data_collator, TreeCollator):
             self._padded = self.data_collator
             self._trees = self._make_collator()

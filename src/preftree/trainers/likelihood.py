@@ -55,6 +55,13 @@ class LikelihoodTrainer(TreeTrainer):
                 name, revision=revision, trust_remote_code=args.trust_remote_code
             )
 
+    def _check_ranked_options(self, given: dict[str, Any], ranked: bool) -> None:
+        super()._check_ranked_options(given, ranked)
+        if ranked and given["args"].generate_during_eval:
+            raise ValueError(
+                "generate_during_eval=True takes prompts from pairs, which ranked data are not: leave it off"
+            )
+
     def _construct(self, given: dict[str, Any]) -> None:
         args, processing_class = given["args"], given["processing_class"]
         prepared = {}
