@@ -267,6 +267,13 @@ def test_answers_to_one_prompt_come_together(model_path, form):
     assert sum(row.num_tokens for row in together["rows"]) < 0.8 * together["num_tokens"]
 
 
+def test_answers_that_micro_batches_part(model_path, caplog):
+    for size, told in ((6, False), (5, True)):
+        caplog.clear()
+        construct("preftree", model_path, dataset(text_pairs(12)), method="KTO", per_device_train_batch_size=size)
+        assert ("2 prompts have answers in two micro-batches" in caplog.text) == told
+
+
 def test_pairs_are_the_same_training_as_their_rows_one_by_one(model_path):
     settings = settings_of("KTO", max_steps=3)
     pairs = train("preftree", model_path, dataset(text_pairs(12)), method="KTO", **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from preftree.trainers.metrics import entropy, mean
 from preftree.trainers.preparation import columns_of, source_of
 from preftree.trainers.referenced import ReferencedTrainer
 from preftree.trainers.step import MicroBatch, Terms
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,6 +109,20 @@ class KTOTrainer(ReferencedTrainer, trl.KTOTrainer):
                 "('chosen', 'rejected'), or set keep_prompts_together=False"
             )
         return _in_order(checked, source)
+
+    def _construct(self, given: dict[str, Any]) -> None:
+        super()._construct(given)
+        size, data = self.args.per_device_train_batch_size, self.train_dataset
+        if not self.args.keep_prompts_together or not isinstance(data, Dataset):
+            return
+        apart = sum(data[i - 1]["prompt_ids"] == data[i]["prompt_ids"] for i in range(size, len(data), size))
+        if apart:
+            logger.warning(
+                "%d prompts have answers in two micro-batches and are computed in each: let per_device_train_batch_size=%d "
+                "be a multiple of the answers to a prompt",
+                apart,
+                size,
+            )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # Mismatched completions are those of a batch's other examples, as they stand once examples are left out.
