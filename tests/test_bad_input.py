@@ -203,6 +203,23 @@ def test_config_of_another_trainer(model_path, tmp_path):
             preftree.DPOTrainer(model_path, args=args, train_dataset=dataset(text_pairs(4)))
 
 
+@pytest.mark.parametrize("method", ["ORPO", "CPO"])
+def test_streams_that_trl_does_not_take(model_path, tmp_path, method):
+    config, trainer_class = classes("preftree", method)
+    args = config(str(tmp_path), **(COMMON))
+    stream = dataset(text_pairs(4)).to_iterable_dataset()
+    with pytest.raises(
+        ValueError, match=r"train_dataset: this trainer takes a datasets.Dataset, .* not IterableDataset"
+    ):
+        trainer_class(model_path, args=args, train_dataset=stream)
+    with pytest.raises(ValueError, match=r"eval_dataset: this trainer takes a datasets.Dataset, .* not dict"):
+        trainer_class(model_path, args=args, train_dataset=dataset(text_pairs(4)), eval_dataset={"a": stream})
+    with pytest.raises(ValueError, match=f"{method}Trainer needs args: a {method}Config"):
+        trainer_class(model_path, train_dataset=stream)
+    with pytest.raises(NotImplementedError, match="model_init: give the model itself"):
+        trainer_class(args=args, train_dataset=stream, model_init=lambda: None)
+
+
 def test_gold_answer_is_missing(model_path, tmp_path):
     with pytest.raises(ValueError, match="there is no column 'reference'"):
         make(model_path, text_pairs(4), tmp_path, method="TPO")
@@ -319,6 +336,8 @@ def ranked(**changes):
         {"prompt": "the dog", "completions": ["runs", "sings over", "sleeps"], "scores": [1.0, 3.0, 2.0]}
         for _ in range(4)
     ]
+    if "pair_weights" in changes:
+        rows = [row | {"pair_weights": [[1, 0, 1.0]]} for row in rows]
     rows[2] |= changes
     return rows
 
@@ -335,6 +354,11 @@ def ranked(**changes):
         ({"scores": [2.0, 1.0, 2.0]}, r"row 2, field 'scores': equal values .*ties='drop'"),
         ({"completions": ["runs"], "scores": [1.0]}, r"row 2, field 'completions': 1 completion"),
         ({"completions": ["runs", "", "x"]}, r"row 2, field 'completions\[1\]': empty"),
+        ({"pair_weights": []}, r"row 2, field 'pair_weights': must be a list"),
+        ({"pair_weights": [[1, 0]]}, r"row 2, field 'pair_weights', pair 0: \[.*\] is not \[better, worse, weight\]"),
+        ({"pair_weights": [[1, 0, 1], [3, 0, 1]]}, r"row 2, .* pair 1: 3.* must be indices of 3 completions"),
+        ({"pair_weights": [[1, 0, -1]]}, r"row 2, .* pair 0: weight -1.* is not a number of at least 0"),
+        ({"pair_weights": [[0, 1, 1]]}, r"row 2, .* pair 0: completion 0 is not scored above 1"),
     ],
 )
 def test_bad_ranked_data(model_path, tmp_path, method, changes, message):
@@ -356,6 +380,13 @@ def test_columns_of_ranked_data(model_path, tmp_path):
         make(model_path, ranked(), tmp_path, trainer_args={"compute_metrics": lambda _: {}})
     with pytest.raises(ValueError, match="generate_during_eval=True takes prompts from pairs"):
         make(model_path, ranked(), tmp_path, method="ORPO", generate_during_eval=True)
+    weighted = [row | {"pair_weights": [[1, 0, 1.0]]} for row in ranked()]
+    with pytest.raises(ValueError, match="'pair_weights' cannot be combined with pair_weighting='prompt'"):
+        make(model_path, weighted, tmp_path, pair_weighting="prompt")
+    with pytest.raises(ValueError, match="'pair_weights' cannot be combined with a list objective"):
+        make(model_path, weighted, tmp_path, loss_type="plackett_luce")
+    with pytest.raises(ValueError, match="'pair_weights' weighs the pairs of ranked completions, and there are none"):
+        make(model_path, [pair | {"pair_weights": [[1, 0, 1.0]]} for pair in text_pairs(3)], tmp_path)
     with pytest.raises(ValueError, match=r"row 0, field 'scores': .*100"):
         make(model_path, [row | {"scores": [1.0, 500.0, 2.0]} for row in ranked()], tmp_path, pair_weighting="lambda")
 

@@ -7,6 +7,7 @@ import json
 import pytest
 from preference_data import chat_pairs, text_pairs
 
+from preftree import KTOTrainer, TPOTrainer
 from preftree.data import find_files, is_local, load_pairs
 
 
@@ -38,6 +39,25 @@ def test_kinds_of_file(tmp_path, kind):
     dataset = load_pairs(path)
     assert dataset.to_list() == rows
     assert dataset.info.dataset_name == str(path)
+
+
+def test_fields_that_only_later_rows_have(tmp_path):
+    rows = text_pairs(3)
+    rows[1]["margin"] = 0.5
+    assert load_pairs(write_jsonl(tmp_path / "margins.jsonl", rows))["margin"] == [None, 0.5, None]
+
+
+def test_rows_of_other_trainers(tmp_path):
+    ranked = [{"prompt": "a", "completions": ["b", "c"], "scores": [1.0, 2.0], "pair_weights": [[1, 0, 0.5]]}] * 2
+    assert load_pairs(write_jsonl(tmp_path / "ranked.jsonl", ranked)).to_list() == ranked
+    answers = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}]
+    loaded = load_pairs(write_jsonl(tmp_path / "answers.jsonl", answers), text_fields=KTOTrainer.text_fields)
+    assert loaded.to_list() == answers
+    gold = [pair | {"reference": "x"} for pair in text_pairs(2)]
+    del gold[1]["reference"]
+    path = write_jsonl(tmp_path / "gold.jsonl", gold)
+    with pytest.raises(ValueError, match="line 2, field 'reference' is missing"):
+        load_pairs(path, text_fields=TPOTrainer.text_fields)
 
 
 def test_chats_and_sharegpt(tmp_path):

@@ -273,6 +273,24 @@ def test_weights_and_list_objective(model_path, settings, formula, own):
 
 
 @ONE_OR_MORE
+def test_pairs_and_weights_of_the_users(model_path, own):
+    """The best against each other one, the last of them for half, and a pair that counts for nothing."""
+    examples = ranked_examples(5, responses=(4, 3))
+    for example in examples:
+        order = sorted(range(len(example["scores"])), key=lambda i: -example["scores"][i])
+        example["pair_weights"] = [[order[0], index, 1.0] for index in order[1:-1]]
+        example["pair_weights"] += [[order[0], order[-1], 0.5], [order[1], order[2], 0]]
+    trainer = construct("preftree", model_path, dataset(examples), own=own, per_device_train_batch_size=5)
+    pairs = sum(len(example["pair_weights"]) for example in examples)
+
+    def formula(scores, ratio):
+        losses = [bradley_terry(ratio[0], ratio[j]) for j in range(1, len(scores))]
+        return (sum(losses[:-1]) + 0.5 * losses[-1]) * len(examples) / pairs
+
+    compare_with_formula(model_path, trainer, formula)
+
+
+@ONE_OR_MORE
 def test_list_objective_trains(model_path, own):
     examples = ranked_examples(8)
     trainer = train(

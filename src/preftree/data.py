@@ -12,11 +12,22 @@ from typing import Any
 
 from datasets import Dataset, DatasetInfo
 
-from preftree.trainers.checks import PAIR_FIELDS, check_columns, check_example
+from preftree.trainers.checks import check_columns, check_example
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # What trainers read besides text; other columns are left out, whatever they hold.
-COLUMNS = ("completions", "scores", "ranks", "label", "margin", "tools", "chat_template_kwargs", "image", "images")
+COLUMNS = (
+    "completions",
+    "scores",
+    "ranks",
+    "pair_weights",
+    "label",
+    "margin",
+    "tools",
+    "chat_template_kwargs",
+    "image",
+    "images",
+)
 _TEXT = ("prompt", "chosen", "rejected", "reference", "completion")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -50,14 +61,8 @@ def find_files(name: str) -> dict[str, Path]:
 TextFields = Callable[[Iterable[str], str], tuple[str, ...]]
 
 
-def pair_fields(columns: Iterable[str], source: str) -> tuple[str, ...]:
-    """Fields of pairs (see `TreeTrainer.text_fields`)."""
-    check_columns(columns, source)
-    return PAIR_FIELDS
-
-
 def load_pairs(
-    path: Path | str, chat_template: bool = True, text_fields: TextFields = pair_fields, ties: str = "error"
+    path: Path | str, chat_template: bool = True, text_fields: TextFields = check_columns, ties: str = "error"
 ) -> Dataset:
     """Read and check a file of preference data.
 
@@ -103,7 +108,9 @@ def load_pairs(
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: there is no row in it")
-    dataset = Dataset.from_list(rows)
+    # (`Dataset.from_list` would keep the first row's fields only.)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    dataset = Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
     # Later messages about a row name the file by this.
     dataset.info.update(DatasetInfo(dataset_name=str(path)))
     return dataset

@@ -22,7 +22,7 @@ from preftree.packing import PackedRow, empty_row
 from preftree.trainers.checks import check_weights, vocabulary_of
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.config import upgrade
-from preftree.trainers.groups import RANKED_COLUMNS, RANKED_REFERENCE
+from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
 from preftree.trainers.preparation import DataPreparation
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
 
@@ -123,15 +123,25 @@ class TreeTrainer(DataPreparation):
         train_dataset = given.get("train_dataset")
         if train_dataset is not None and (sample := next(iter(train_dataset), None)) is not None:
             self.text_fields(sample, "train dataset")
-            self._check_ranked_options(given, "completions" in sample)
+            self._check_ranked_options(given, sample)
 
-    def _check_ranked_options(self, given: dict[str, Any], ranked: bool) -> None:
+    def _check_ranked_options(self, given: dict[str, Any], sample: Mapping[str, Any]) -> None:
+        """Options that ranked data exclude, or that need them; ``sample`` is an example."""
+        ranked, args = "completions" in sample, given["args"]
+        if sample.get(PAIR_WEIGHTS) is not None:
+            if not ranked:
+                raise ValueError(f"column {PAIR_WEIGHTS!r} weighs the pairs of ranked completions, and there are none")
+            if args.pair_weighting != "pair" or self.layout(args).lists:
+                other = (
+                    f"pair_weighting={args.pair_weighting!r}" if args.pair_weighting != "pair" else "a list objective"
+                )
+                raise ValueError(f"column {PAIR_WEIGHTS!r} cannot be combined with {other}")
         if ranked and given.get("compute_metrics") is not None and self.predicts_logits:
             raise ValueError(
                 "compute_metrics is given the logits of pairs, which ranked data are not: leave it out, or list the pairs"
             )
         for name, default in (("pair_weighting", "pair"), ("ties", "error")):
-            if not ranked and getattr(given["args"], name, default) != default:
+            if not ranked and getattr(args, name, default) != default:
                 warnings.warn(f"{name} has no effect: the data are not ranked completions", UserWarning, stacklevel=2)
 
     def _vocabulary_of(self, given: dict[str, Any]) -> int:

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
 
-from preftree.trainers.groups import SEQUENCES, Layout
+from preftree.trainers.groups import PAIR_WEIGHTS, SEQUENCES, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -24,22 +24,32 @@ PAIR_FIELDS = ("chosen", "rejected")
 
 def check_columns(
     columns: Iterable[str] | None, source: str, fields: Sequence[str] = PAIR_FIELDS, ranked: bool = True
-) -> None:
-    """The fields must be there; `prompt` may be implicit in them. Ranked data: `prompt`, `completions`, scores or ranks."""
+) -> tuple[str, ...]:
+    """The fields that are there beside `prompt` (which may be implicit in them): none in ranked data, which hold `prompt`,
+    `completions` and `scores` or `ranks`.
+
+    Raises:
+        ValueError: if one is missing, or the data are ranked and may not be.
+        NotImplementedError: for images.
+    """
     columns = list(columns or ())
-    if "completions" in columns and not ranked:
-        raise ValueError(f"{source}: column 'completions': this trainer takes no ranked data, but {', '.join(fields)}")
+    needed = tuple(fields)
     if "completions" in columns:
-        fields = ("prompt", "completions")
+        if not ranked:
+            raise ValueError(
+                f"{source}: column 'completions': this trainer takes no ranked data, but {', '.join(fields)}"
+            )
+        needed, fields = ("prompt",), ()
         if ("scores" in columns) == ("ranks" in columns):
             found = "both" if "scores" in columns else "neither"
             raise ValueError(f"{source}: ranked completions need a column 'scores' or 'ranks', but there are {found}")
-    for name in fields:
+    for name in needed:
         if columns and name not in columns:
             raise ValueError(f"{source}: there is no column {name!r} (columns: {', '.join(columns)})")
     for name in ("image", "images"):
         if name in columns:
             raise NotImplementedError(f"{source}: column {name!r}: images are not supported yet")
+    return tuple(fields)
 
 
 def check_example(
@@ -58,7 +68,7 @@ def check_example(
         fields = ("prompt", *fields)
     values = {name: example.get(name) for name in fields}
     if "completions" in example:
-        scores_of(example, where, ties)
+        pair_weights_of(example, where, scores_of(example, where, ties))
         values = {"prompt": example.get("prompt")}
         values |= {f"completions[{index}]": value for index, value in enumerate(example["completions"])}
     kinds = {name: _kind(value, where, name) for name, value in values.items()}
@@ -101,6 +111,31 @@ def scores_of(example: Mapping[str, Any], where: str, ties: str = "error") -> li
             "pair of these"
         )
     return [float(-value if name == "ranks" else value) for value in values]
+
+
+def pair_weights_of(example: Mapping[str, Any], where: str, scores: Sequence[float]) -> list[list[float]] | None:
+    """The user's own pairs of a ranked example, ``[better, worse, weight]`` by index, or None.
+
+    Raises:
+        ValueError: naming ``where`` and the field.
+    """
+    given = example.get(PAIR_WEIGHTS)
+    if given is None:
+        return None
+    if not isinstance(given, (list, tuple)) or not given:
+        raise ValueError(f"{where}, field {PAIR_WEIGHTS!r}: must be a list of [better, worse, weight], and not empty")
+    for number, triple in enumerate(given):
+        which = f"{where}, field {PAIR_WEIGHTS!r}, pair {number}"
+        if not isinstance(triple, (list, tuple)) or len(triple) != 3:
+            raise ValueError(f"{which}: {triple!r} is not [better, worse, weight]")
+        better, worse, weight = triple
+        if any(index not in range(len(scores)) for index in (better, worse)):
+            raise ValueError(f"{which}: {better!r} and {worse!r} must be indices of {len(scores)} completions")
+        if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"{which}: weight {weight!r} is not a number of at least 0")
+        if scores[int(better)] <= scores[int(worse)]:
+            raise ValueError(f"{which}: completion {int(better)} is not scored above {int(worse)}")
+    return [[float(value) for value in triple] for triple in given]
 
 
 def _kind(value: Any, where: str, name: str) -> str:

@@ -11,7 +11,7 @@ from preftree.objectives import CPO_LOSSES, PER_TOKEN, LikelihoodOptions, implic
 from preftree.trainers.config import CPOConfig
 from preftree.trainers.groups import Layout
 from preftree.trainers.likelihood import LikelihoodTrainer
-from preftree.trainers.step import MicroBatch, Terms
+from preftree.trainers.step import MicroBatch, Terms, pairs_without_reference
 
 
 class CPOTrainer(LikelihoodTrainer, trl.experimental.cpo.CPOTrainer):
@@ -41,12 +41,12 @@ class CPOTrainer(LikelihoodTrainer, trl.experimental.cpo.CPOTrainer):
         )
 
     def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
-        losses = CPO_LOSSES[self.loss_type](self._pairs_of(terms), self._options)
+        losses = CPO_LOSSES[self.loss_type](pairs_without_reference(terms), self._options)
         loss = (self._weights(batch, terms) * losses).sum()
         return loss + self.cpo_alpha * self._nll(batch, terms, "chosen") if self.cpo_alpha else loss
 
     def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
-        pairs, per_token = self._pairs_of(batch), self.loss_type in PER_TOKEN
+        pairs, per_token = pairs_without_reference(batch), self.loss_type in PER_TOKEN
         logps = implicit_rewards(pairs, per_token, LikelihoodOptions())
         chosen, rejected = implicit_rewards(pairs, per_token, self._options)
         rewards = self.beta * chosen, self.beta * rejected

@@ -14,7 +14,9 @@ from preftree.tree import TokenTree
 
 # Columns of a tokenised ranked example: its responses (prompt included) as token ids, their prompt lengths, their scores.
 SEQUENCES, PROMPT_LENGTHS, SCORES = "sequences", "prompt_lengths", "scores"
-RANKED_COLUMNS = (SEQUENCES, PROMPT_LENGTHS, SCORES)
+# And, where the user gives them, its pairs: (index of the better one, index of the worse one, weight).
+PAIR_WEIGHTS = "pair_weights"
+RANKED_COLUMNS = (SEQUENCES, PROMPT_LENGTHS, SCORES, PAIR_WEIGHTS)
 # Where the reference's log-probabilities of a ranked example's responses stand, a list for each example.
 RANKED_REFERENCE = "ref_logps"
 WEIGHTINGS = ("pair", "prompt", "lambda")
@@ -101,7 +103,7 @@ class Layout:
     def token_columns(self, columns: Sequence[str]) -> list[str]:
         """The columns that this layout reads, of those that there are."""
         if SEQUENCES in columns:
-            return list(RANKED_COLUMNS)
+            return [name for name in RANKED_COLUMNS if name in columns]
         names = {
             "prompt": ["prompt_ids", *(f"{side}_ids" for side in self.sides)],
             "labels": [f"{side}_{kind}" for side in self.sides for kind in ("input_ids", "labels")],
@@ -151,7 +153,7 @@ class Layout:
         ]
         sequences, prompt_lengths = [ids for ids, _ in cut], [length for _, length in cut]
         if SEQUENCES in example:
-            group = self._ranked(sequences, prompt_lengths, example[SCORES])
+            group = self._ranked(sequences, prompt_lengths, example[SCORES], example.get(PAIR_WEIGHTS))
         else:
             sides = {side: [index] for index, side in enumerate(self.sides)}
             group = Group(sequences, prompt_lengths, [1] * len(sequences), sides, [1.0], ranking=self._pair_ranking())
@@ -161,12 +163,22 @@ class Layout:
         """A pair as a ranked list of two."""
         return [self.sides.index("chosen"), self.sides.index("rejected")] if self.lists else []
 
-    def _ranked(self, sequences: list[list[int]], prompt_lengths: list[int], scores: Sequence[float]) -> Group:
+    def _ranked(
+        self,
+        sequences: list[list[int]],
+        prompt_lengths: list[int],
+        scores: Sequence[float],
+        given: Sequence[Sequence[float]] | None,
+    ) -> Group:
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         pairs = [(better, worse) for better, worse in combinations(order, 2) if scores[better] > scores[worse]]
+        if given is not None:
+            pairs = [(int(better), int(worse)) for better, worse, _ in given]
         multiplicities = [sum(index in pair for pair in pairs) for index in range(len(sequences))]
         weights, normaliser = [1.0] * len(pairs), float(len(pairs))
-        if self.lists:
+        if given is not None:
+            weights = [float(weight) for *_, weight in given]
+        elif self.lists:
             multiplicities, normaliser = [1] * len(sequences), 1.0
         elif self.weighting == "prompt":
             weights, normaliser = [1 / len(pairs)] * len(pairs), 1.0

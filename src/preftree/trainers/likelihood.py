@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 from trl.trainer.utils import get_config_model_id
 
-from preftree.objectives import Pairs
 from preftree.trainers.base import TreeTrainer
 from preftree.trainers.metrics import logit_metrics, mean, pair_metrics
 from preftree.trainers.preparation import columns_of, source_of
@@ -45,8 +46,10 @@ class LikelihoodTrainer(TreeTrainer):
             raise ValueError("`train_dataset` is required")
         super()._check_arguments(given)
         for name in ("train_dataset", "eval_dataset"):
-            if given.get(name) is not None and not hasattr(given[name], "add_column"):
-                raise ValueError(f"{name} must be a datasets.Dataset, got {type(given[name]).__name__}")
+            if given.get(name) is not None and not isinstance(given[name], Dataset):
+                raise ValueError(
+                    f"{name}: this trainer takes a datasets.Dataset, as TRL's does, not {type(given[name]).__name__}"
+                )
         if given.get("processing_class") is None:
             model, args = given["model"], given["args"]
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -55,9 +58,9 @@ class LikelihoodTrainer(TreeTrainer):
                 name, revision=revision, trust_remote_code=args.trust_remote_code
             )
 
-    def _check_ranked_options(self, given: dict[str, Any], ranked: bool) -> None:
-        super()._check_ranked_options(given, ranked)
-        if ranked and given["args"].generate_during_eval:
+    def _check_ranked_options(self, given: dict[str, Any], sample: Mapping[str, Any]) -> None:
+        super()._check_ranked_options(given, sample)
+        if "completions" in sample and given["args"].generate_during_eval:
             raise ValueError(
                 "generate_during_eval=True takes prompts from pairs, which ranked data are not: leave it off"
             )
@@ -88,15 +91,6 @@ class LikelihoodTrainer(TreeTrainer):
     def _nll(self, batch: MicroBatch, terms: Terms, side: str) -> torch.Tensor:
         """These sequences' share of the mean negative log-likelihood over a side's tokens in the micro-batch."""
         return -terms.side(side, "logps").sum() / batch.tokens[side]
-
-    def _pairs_of(self, source: MicroBatch | Terms) -> Pairs:
-        """The pairs of a row's terms, or of a micro-batch's record."""
-        return Pairs(
-            chosen=source.side("chosen", "logps"),
-            rejected=source.side("rejected", "logps"),
-            chosen_lengths=source.side("chosen", "scored"),
-            rejected_lengths=source.side("rejected", "scored"),
-        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         casted = getattr(self, "_peft_has_been_casted_to_bf16", False)

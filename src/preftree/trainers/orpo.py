@@ -12,7 +12,7 @@ from preftree.trainers.config import ORPOConfig
 from preftree.trainers.groups import Layout
 from preftree.trainers.likelihood import LikelihoodTrainer
 from preftree.trainers.metrics import mean
-from preftree.trainers.step import MicroBatch, Terms
+from preftree.trainers.step import MicroBatch, Terms, pairs_without_reference
 
 
 class ORPOTrainer(LikelihoodTrainer, trl.experimental.orpo.ORPOTrainer):
@@ -33,11 +33,11 @@ class ORPOTrainer(LikelihoodTrainer, trl.experimental.orpo.ORPOTrainer):
         return Layout(form="labels", whole_chosen=True, weighting=args.pair_weighting, max_length=args.max_length)
 
     def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
-        losses = odds_ratio(self._pairs_of(terms), self.beta)
+        losses = odds_ratio(pairs_without_reference(terms), self.beta)
         return self._nll(batch, terms, "chosen_whole") + (self._weights(batch, terms) * losses).sum()
 
     def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
-        pairs = self._pairs_of(batch)
+        pairs = pairs_without_reference(batch)
         logps = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
         rewards = self.beta * logps[0], self.beta * logps[1]
         odds = log_odds(pairs)

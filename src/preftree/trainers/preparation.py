@@ -46,8 +46,7 @@ class DataPreparation(Trainer):
             ValueError: if columns are missing or exclude each other, naming ``source``.
             NotImplementedError: for images.
         """
-        check_columns(columns, source, cls.fields, cls.takes_ranked)
-        return cls.fields
+        return check_columns(columns, source, cls.fields, cls.takes_ranked)
 
     @classmethod
     def tokenize(cls, dataset: Dataset, tokenizer: Any, args: Any, vocabulary: int) -> Dataset:

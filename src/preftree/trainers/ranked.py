@@ -7,11 +7,11 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from preftree.trainers.checks import ROW, scores_of
-from preftree.trainers.groups import PROMPT_LENGTHS, SCORES, SEQUENCES, Layout
+from preftree.trainers.checks import ROW, pair_weights_of, scores_of
+from preftree.trainers.groups import PAIR_WEIGHTS, PROMPT_LENGTHS, SCORES, SEQUENCES, Layout
 
-# How many completions the example has that a pair is a part of.
-_COUNT, _ORDER = "preftree_count", "preftree_scores"
+# Of the example that a pair is a part of: how many completions it has, their scores, the user's own pairs.
+_COUNT, _ORDER, _WEIGHTS = "preftree_count", "preftree_scores", "preftree_weights"
 
 
 def flatten(dataset: Dataset | IterableDataset, ties: str) -> Dataset | IterableDataset:
@@ -22,12 +22,14 @@ def flatten(dataset: Dataset | IterableDataset, ties: str) -> Dataset | Iterable
         for values in zip(*batch.values(), strict=True):
             example = dict(zip(batch, values, strict=True))
             completions, scores = example["completions"], scores_of(example, "ranked data", ties)
-            for name in ("completions", "scores", "ranks"):
+            weights = pair_weights_of(example, "ranked data", scores)
+            for name in ("completions", "scores", "ranks", PAIR_WEIGHTS):
                 example.pop(name, None)
             for index in range(0, len(completions), 2):
                 two = {"chosen": completions[index], "rejected": completions[min(index + 1, len(completions) - 1)]}
-                rows.append({**example, **two, _COUNT: len(completions), _ORDER: scores})
-        return {name: [row[name] for row in rows] for name in rows[0]}
+                own = {} if weights is None else {_WEIGHTS: weights}
+                rows.append({**example, **two, **own, _COUNT: len(completions), _ORDER: scores})
+        return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
     columns = dataset.column_names or list(next(iter(dataset)))
     return dataset.map(pairs, batched=True, remove_columns=columns)
@@ -51,6 +53,8 @@ def _examples(rows: Iterable[Mapping[str, Any]], layout: Layout) -> Iterator[dic
             # TRL cuts a prompt where it and a completion merge into other tokens; here all have the shortest one.
             lengths = [min(lengths)] * len(lengths)
         example = {SEQUENCES: [ids for ids, _ in members], PROMPT_LENGTHS: lengths, SCORES: list(row[_ORDER])}
+        if row.get(_WEIGHTS) is not None:
+            example[PAIR_WEIGHTS] = row[_WEIGHTS]
         if ROW in row:
             example[ROW] = row[ROW]
         yield example

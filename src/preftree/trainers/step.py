@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from preftree.logprobs import SequenceLogps, sum_by_sequence
-from preftree.objectives import completion_weights, wpo_weight
+from preftree.objectives import Pairs, completion_weights, wpo_weight
 from preftree.packing import PackedRow
 
 Members = dict[str, torch.Tensor]
@@ -187,6 +187,16 @@ class Gradient:
             if own.requires_grad:
                 value = value + (self.totals[name] * own).sum()
         return value
+
+
+def pairs_without_reference(source: MicroBatch | Terms) -> Pairs:
+    """The pairs of a row's terms, or of a micro-batch's record; lengths are tokens that have a prediction."""
+    return Pairs(
+        chosen=source.side("chosen", "logps"),
+        rejected=source.side("rejected", "logps"),
+        chosen_lengths=source.side("chosen", "scored"),
+        rejected_lengths=source.side("rejected", "scored"),
+    )
 
 
 def weighted_logps(out: SequenceLogps, ld_alpha: float | None) -> torch.Tensor:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import trl.experimental.tpo
 
-from preftree.objectives import PER_TOKEN, TPO_LOSSES, LikelihoodOptions, Pairs, implicit_rewards
+from preftree.objectives import PER_TOKEN, TPO_LOSSES, LikelihoodOptions, implicit_rewards
 from preftree.trainers.base import TreeTrainer
 from preftree.trainers.config import TPOConfig
 from preftree.trainers.groups import Layout
 from preftree.trainers.metrics import entropy, logit_metrics, pair_metrics, token_mean
-from preftree.trainers.step import MicroBatch, Terms
+from preftree.trainers.step import MicroBatch, Terms, pairs_without_reference
 
 
 class TPOTrainer(TreeTrainer, trl.experimental.tpo.TPOTrainer):
@@ -37,18 +37,8 @@ class TPOTrainer(TreeTrainer, trl.experimental.tpo.TPOTrainer):
     def _options(self) -> LikelihoodOptions:
         return LikelihoodOptions(self.beta, self.label_smoothing, self.tpo_l_gamma)
 
-    @staticmethod
-    def _pairs_of(source: MicroBatch | Terms) -> Pairs:
-        """The pairs of a row's terms, or of a micro-batch's record."""
-        return Pairs(
-            chosen=source.side("chosen", "logps"),
-            rejected=source.side("rejected", "logps"),
-            chosen_lengths=source.side("chosen", "scored"),
-            rejected_lengths=source.side("rejected", "scored"),
-        )
-
     def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
-        losses = TPO_LOSSES[self.loss_type](self._pairs_of(terms), self._options())
+        losses = TPO_LOSSES[self.loss_type](pairs_without_reference(terms), self._options())
         loss = (self._weights(batch, terms) * losses).sum()
         if self.tpo_alpha:
             nll = -terms.side("reference", "logps").sum() / batch.tokens["reference"]
@@ -58,7 +48,7 @@ class TPOTrainer(TreeTrainer, trl.experimental.tpo.TPOTrainer):
     def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
         gather = self.accelerator.gather
         per_token = self.loss_type in PER_TOKEN
-        chosen, rejected = implicit_rewards(self._pairs_of(batch), per_token, LikelihoodOptions())
+        chosen, rejected = implicit_rewards(pairs_without_reference(batch), per_token, LikelihoodOptions())
         return {
             "entropy": entropy(batch, gather, self._trees.layout.sides),
             "mean_token_accuracy": token_mean(batch, "chosen", "top1", gather),
