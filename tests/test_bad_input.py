@@ -234,6 +234,14 @@ def test_prompt_that_leaves_no_completion(model_path, tmp_path, caplog, method):
     assert trainer.args.max_length == trainer.max_length == 60
 
 
+@pytest.mark.parametrize("margin", [None, float("nan"), float("inf")])
+def test_margins_that_are_no_numbers(model_path, tmp_path, margin):
+    pairs = [pair | {"margin": 1.0} for pair in text_pairs(4)]
+    pairs[3]["margin"] = margin
+    with pytest.raises(ValueError, match=r"train dataset, row 3, field 'margin': \w+ is not a finite number"):
+        make(model_path, pairs, tmp_path, method="Reward")
+
+
 def test_rewards_of_long_pairs_are_left_out_and_counted(model_path, tmp_path, caplog):
     pairs = with_row(rejected="the dog " * 40)
     assert len(make(model_path, pairs, tmp_path, method="Reward", max_length=60).train_dataset) == 3

@@ -1,7 +1,10 @@
 """The other trainers against TRL's: losses, options and data formats, in one row and in several, metric by metric."""
 
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -339,3 +342,14 @@ def test_trainers_have_trls_arguments():
         for name, field in theirs.__dataclass_fields__.items():
             assert ours.__dataclass_fields__[name].default == field.default, (method, name)
         assert issubclass(classes("preftree", method)[1], classes("trl", method)[1])
+
+
+def test_importing_is_quiet():
+    """TRL warns when its experimental trainers are imported: users of the stable ones have not asked for these."""
+    code = (
+        "import warnings; warnings.simplefilter('always'); import preftree; preftree.DPOTrainer, preftree.ORPOTrainer"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRL_EXPERIMENTAL_SILENCE"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "TRLExperimentalWarning" not in result.stderr

@@ -37,7 +37,6 @@ class TreeTrainer(DataPreparation):
     Class attributes:
         config_class: preftree's config; TRL's own is taken too.
         predicts_logits: whether `predict` and `compute_metrics` are given the logits of whole sequences.
-        columns: numbers of an example that the objective needs.
         reference_columns: where data keep the reference's log-probabilities.
     """
 
@@ -46,7 +45,6 @@ class TreeTrainer(DataPreparation):
     _total_train_tokens: int
     config_class: type[Any]
     predicts_logits = True
-    columns: tuple[str, ...] = ()
     reference_columns: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

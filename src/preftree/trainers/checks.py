@@ -322,6 +322,19 @@ def check_raw(
     return dataset.add_column(ROW, list(range(len(dataset))))
 
 
+def check_numbers(dataset: Dataset | IterableDataset, names: Iterable[str], source: str) -> None:
+    """Raise `ValueError` for the first row in which one of these columns, where there is one, holds no finite number.
+
+    A stream is not looked at.
+    """
+    if isinstance(dataset, IterableDataset):
+        return
+    for name in names:
+        for index, value in enumerate(dataset[name] if name in dataset.column_names else ()):
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{source}, row {index}, field {name!r}: {value!r} is not a finite number")
+
+
 def check_tokenised(dataset: Dataset | IterableDataset, check: ExampleCheck) -> Dataset | IterableDataset:
     """A tokenised data set without what is to be left out, cut where that was asked for.
 

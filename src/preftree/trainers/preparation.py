@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
-from preftree.trainers.checks import PAIR_FIELDS, ExampleCheck, check_columns, check_raw, check_tokenised
+from preftree.trainers.checks import (
+    PAIR_FIELDS,
+    ExampleCheck,
+    check_columns,
+    check_numbers,
+    check_raw,
+    check_tokenised,
+)
 from preftree.trainers.groups import Layout
 from preftree.trainers.ranked import flatten, regroup
 
@@ -19,11 +26,13 @@ class DataPreparation(Trainer):
 
     Class attributes:
         fields: columns of the raw data that an example is made of, beside the prompt.
+        columns: numbers of an example that the objective needs.
         takes_ranked: whether the data may be ranked completions instead.
         cuts_at_max_length: whether TRL cuts what is longer (else it leaves it out).
     """
 
     fields: tuple[str, ...] = PAIR_FIELDS
+    columns: tuple[str, ...] = ()
     takes_ranked = True
     cuts_at_max_length = True
     _tokenizer: Any
@@ -73,6 +82,7 @@ class DataPreparation(Trainer):
         columns = columns_of(dataset)
         chat_template = getattr(processing_class, "chat_template", None) is not None
         ties = getattr(args, "ties", "error")
+        check_numbers(dataset, self.columns, source)
         dataset = check_raw(dataset, source, chat_template, self.text_fields(columns, source), ties)
         return flatten(dataset, ties) if "completions" in columns else dataset
 
