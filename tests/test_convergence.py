@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import word_tokenizer
-from preference_data import dataset, text_pairs
-from transformers import AutoTokenizer
+from preference_data import dataset, examples, text_pairs
+from test_trainers import METHODS, OVER_PADDING, settings_of
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl_runs import differences, end_of, train
 
 from preftree import DPOConfig, DPOTrainer
@@ -117,3 +118,46 @@ def test_real_chats_on_smollm2(folder):
     theirs = by_trl(ultrafeedback_like, folder, **settings)
     noise, _ = differences(theirs, by_trl(ultrafeedback_like, folder, pad_to_multiple_of=64, **settings))
     compare(theirs, smollm2(), ultrafeedback_like(folder), 400, 1, noise, **settings)
+
+
+@pytest.fixture(scope="module")
+def small_path(folder):
+    """A tiny Llama with SmolLM2's tokenizer, which merges across the border of prompt and response."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.1, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder / "small")
+    tokenizer.save_pretrained(folder / "small")
+    return str(folder / "small")
+
+
+def dialogues(count):
+    """Dialogues of two hundred tokens, their last answer split off."""
+    with gzip.open(SHARED / "hh_harmless_test.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    pairs = []
+    for row in rows:
+        prompt = row["chosen"][: row["chosen"].rfind("Assistant:") + len("Assistant:")]
+        chosen, rejected = (row[side].removeprefix(prompt) for side in ("chosen", "rejected"))
+        if len(prompt) < 600 and chosen.strip() and rejected.strip() and rejected != row["rejected"]:
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs[:count]
+
+
+@REAL
+@pytest.mark.parametrize("method", METHODS)
+def test_real_dialogues_for_other_trainers(small_path, method):
+    """Ten steps. Sums of 200 log-probabilities round by more than 1e-5: TRL is compared with itself when it pads more."""
+    settings = settings_of(method, per_device_train_batch_size=4, learning_rate=1e-3)
+    data = dataset(examples(method, dialogues(40)))
+    theirs = train("trl", small_path, data, method=method, **settings)
+    ours = train("preftree", small_path, data, own={"row_length": 600}, method=method, **settings)
+    assert ours.computed["rows"] > 10
+    noise = 0.0
+    if method in ("TPO", "KTO"):
+        noise, _ = differences(theirs, train("trl", small_path, data, method=method, pad_to_multiple_of=64, **settings))
+    metrics, parameters = differences(theirs, ours, OVER_PADDING.get(method, ()))
+    print(f"metrics {metrics:.1e} (TRL against itself {noise:.1e}), parameters {parameters:.1e}")
+    assert metrics <= max(1e-5, 2 * noise)
+    assert parameters <= 1e-5
