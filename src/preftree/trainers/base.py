@@ -23,6 +23,7 @@ from preftree.trainers.checks import check_weights, vocabulary_of
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.config import upgrade
 from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
+from preftree.trainers.metrics import mean
 from preftree.trainers.preparation import DataPreparation
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
 
@@ -211,6 +212,7 @@ class TreeTrainer(DataPreparation):
         if batch.gradient is not None:
             loss = batch.gradient.loss / self.current_gradient_accumulation_steps
         self._log_metrics(batch, "train")
+        self.computed["examples"] += batch.examples
         self._count(batch)
         self._batch = None
         return loss
@@ -218,11 +220,15 @@ class TreeTrainer(DataPreparation):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "row" in inputs and self._batch is not None:
             return self._row_loss(model, self._batch, inputs["row"])
-        batch = self._micro_batch(inputs)
-        self._begin(model, batch, inputs)
-        loss = self._loss(batch, self._run(model, batch))
+        batch, loss = self._whole_loss(model, inputs)
         self._log_metrics(batch, "train" if self.model.training else "eval")
         return (loss, self._outputs(model, inputs, batch)) if return_outputs else loss
+
+    def _whole_loss(self, model, inputs: dict[str, Any]) -> tuple[MicroBatch, torch.Tensor]:
+        """A collated batch, run, and its loss."""
+        batch = self._micro_batch(inputs)
+        self._begin(model, batch, inputs)
+        return batch, self._loss(batch, self._run(model, batch))
 
     def _outputs(self, model, inputs, batch: MicroBatch) -> Any:
         """What `compute_metrics` and `predict` are given: the padded batch's logits."""
@@ -300,22 +306,28 @@ class TreeTrainer(DataPreparation):
             loss = loss + self._aux_coefficient * aux_loss
         return loss
 
-    def _weights(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
-        """Weights ``[units]`` with which the losses of these units add up to the micro-batch's."""
-        return batch.weights.to(self.args.device)[terms.members["unit"].to(self.args.device)]
+    def _of_units(self, values: torch.Tensor, terms: Terms) -> torch.Tensor:
+        """Of values of all units in the micro-batch, those of the terms' units."""
+        return values.to(self.args.device)[terms.members["unit"].to(self.args.device)]
+
+    def _weighted_sum(self, batch: MicroBatch, terms: Terms, losses: torch.Tensor) -> torch.Tensor:
+        """What the losses ``[units]`` of these units add to the micro-batch's."""
+        return (self._of_units(batch.weights, terms) * losses).sum()
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
     def _count(self, batch: MicroBatch) -> None:
         """Count what training computes, and would compute unshared, on this rank."""
-        self.computed["examples"] += batch.examples
         self.computed["rows"] += len(batch.rows)
         self.computed["row_tokens"] += sum(len(row) for row in batch.rows)
         self.computed["tokens"] += sum(row.num_tokens for row in batch.rows)
         self.computed["unshared_tokens"] += batch.num_tokens
 
     def _log_metrics(self, batch: MicroBatch, mode: str) -> None:
-        for name, value in self._metrics_of(batch).items():
+        values = self._metrics_of(batch)
+        if "aux_loss" in batch.scalars:
+            values["aux_loss"] = mean(batch.scalars["aux_loss"], self.accelerator.gather)
+        for name, value in values.items():
             self._metrics[mode][name].append(value)
         if mode == "train":
             self._total_train_tokens += self._over_ranks(batch.num_tokens) // self._tp_size

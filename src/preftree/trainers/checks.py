@@ -22,6 +22,16 @@ _MESSAGE_FORM = "a list of messages {'role': ..., 'content': ...}"
 PAIR_FIELDS = ("chosen", "rejected")
 
 
+def source_of(dataset: Dataset | IterableDataset, name: str) -> str:
+    """What messages call a data set."""
+    file = dataset.info.dataset_name
+    return f"{name} dataset ({file})" if file else f"{name} dataset"
+
+
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
+    return dataset.column_names or list(next(iter(dataset), {}))
+
+
 def check_columns(
     columns: Iterable[str] | None, source: str, fields: Sequence[str] = PAIR_FIELDS, ranked: bool = True
 ) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,7 +14,16 @@ import trl.experimental.orpo
 import trl.experimental.tpo
 
 from preftree.attention import BACKENDS
-from preftree.objectives import CPO_LOSSES, DIVERGENCES, DPO_LOSSES, KTO_LOSSES, MIXING, OPTION_READERS, TPO_LOSSES
+from preftree.objectives import (
+    CPO_LOSSES,
+    DIVERGENCES,
+    DPO_LOSSES,
+    KTO_LOSSES,
+    LIKELIHOOD_OPTION_READERS,
+    MIXING,
+    OPTION_READERS,
+    TPO_LOSSES,
+)
 from preftree.trainers.groups import WEIGHTINGS
 
 OVERLONG = ("truncate", "drop", "error")
@@ -76,6 +85,12 @@ class TreeArguments:
         """Warn of each option that is set but has no effect."""
         for name, why in self.unused_options():
             warnings.warn(f"{name}={getattr(self, name)!r} has no effect: {why}", UserWarning, stacklevel=2)
+
+    def _not_read(self, readers: Mapping[str, frozenset[str]], losses: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Options that are set and that none of the losses reads, ``readers`` being the losses that read each."""
+        for name, reading in readers.items():
+            if self._is_set(name) and not reading.intersection(losses):
+                yield name, f"loss_type {', '.join(losses)} does not read it"
 
     def _is_set(self, name: str) -> bool:
         return getattr(self, name) != next(f.default for f in dataclasses.fields(self) if f.name == name)
@@ -177,12 +192,14 @@ class DPOConfig(RankedArguments, ReferenceArguments, trl.DPOConfig):
 
     def unused_options(self) -> Iterator[tuple[str, str]]:
         yield from super().unused_options()
-        losses = ", ".join(self.loss_type)
-        for name, readers in OPTION_READERS.items():
-            if self._is_set(name) and not readers.intersection(self.loss_type):
-                yield name, f"loss_type {losses} does not read it"
+        yield from self._not_read(OPTION_READERS, self.loss_type)
         if self._is_set("f_alpha_divergence_coef") and self.f_divergence_type != "alpha_divergence":
             yield "f_alpha_divergence_coef", f"f_divergence_type is {self.f_divergence_type}"
+
+
+def _likelihood_readers(gamma: str) -> dict[str, frozenset[str]]:
+    """Which losses read which option of a config that calls the margin ``gamma``."""
+    return {gamma if name == "gamma" else name: losses for name, losses in LIKELIHOOD_OPTION_READERS.items()}
 
 
 @dataclass
@@ -201,10 +218,7 @@ class CPOConfig(RankedArguments, trl.experimental.cpo.CPOConfig):
 
     def unused_options(self) -> Iterator[tuple[str, str]]:
         yield from super().unused_options()
-        if self._is_set("simpo_gamma") and self.loss_type != "simpo":
-            yield "simpo_gamma", f"loss_type {self.loss_type} does not read it"
-        if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
-            yield "label_smoothing", f"loss_type {self.loss_type} does not read it"
+        yield from self._not_read(_likelihood_readers("simpo_gamma"), [self.loss_type])
 
 
 @dataclass
@@ -218,10 +232,7 @@ class TPOConfig(TreeArguments, trl.experimental.tpo.TPOConfig):
 
     def unused_options(self) -> Iterator[tuple[str, str]]:
         yield from super().unused_options()
-        if self._is_set("tpo_l_gamma") and self.loss_type != "tpo-l":
-            yield "tpo_l_gamma", f"loss_type {self.loss_type} does not read it"
-        if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
-            yield "label_smoothing", f"loss_type {self.loss_type} does not read it"
+        yield from self._not_read(_likelihood_readers("tpo_l_gamma"), [self.loss_type])
 
 
 @dataclass

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import trl.experimental.cpo
 
 from preftree.objectives import CPO_LOSSES, PER_TOKEN, LikelihoodOptions, implicit_rewards
 from preftree.trainers.config import CPOConfig
-from preftree.trainers.groups import Layout
 from preftree.trainers.likelihood import LikelihoodTrainer
-from preftree.trainers.step import MicroBatch, Terms, pairs_without_reference
+from preftree.trainers.step import MicroBatch, Terms, mean_nll, pairs_without_reference
 
 
 class CPOTrainer(LikelihoodTrainer, trl.experimental.cpo.CPOTrainer):
@@ -27,10 +24,6 @@ class CPOTrainer(LikelihoodTrainer, trl.experimental.cpo.CPOTrainer):
 
     config_class = CPOConfig
 
-    @classmethod
-    def layout(cls, args: Any) -> Layout:
-        return Layout(form="labels", weighting=args.pair_weighting, max_length=args.max_length)
-
     @property
     def _options(self) -> LikelihoodOptions:
         return LikelihoodOptions(
@@ -42,8 +35,8 @@ class CPOTrainer(LikelihoodTrainer, trl.experimental.cpo.CPOTrainer):
 
     def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
         losses = CPO_LOSSES[self.loss_type](pairs_without_reference(terms), self._options)
-        loss = (self._weights(batch, terms) * losses).sum()
-        return loss + self.cpo_alpha * self._nll(batch, terms, "chosen") if self.cpo_alpha else loss
+        loss = self._weighted_sum(batch, terms, losses)
+        return loss + self.cpo_alpha * mean_nll(batch, terms, "chosen") if self.cpo_alpha else loss
 
     def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
         pairs, per_token = pairs_without_reference(batch), self.loss_type in PER_TOKEN

@@ -11,7 +11,7 @@ from preftree.objectives import DPO_LOSSES, MIXING, DPOOptions, Pairs, plackett_
 from preftree.packing import PackedRow
 from preftree.trainers.config import LIST_LOSS, DPOConfig
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import entropy, logit_metrics, mean, pair_metrics, token_mean
+from preftree.trainers.metrics import entropy, logit_metrics, pair_metrics, token_mean
 from preftree.trainers.referenced import ReferencedTrainer
 from preftree.trainers.step import MicroBatch, Terms, weighted_logps, wpo_weights
 
@@ -84,12 +84,12 @@ class DPOTrainer(ReferencedTrainer, trl.DPOTrainer):
             total = total + weight * DPO_LOSSES[name](pairs, options)
         if self.use_weighting:
             total = total * terms.side("chosen", "weights") * terms.side("rejected", "weights")
-        return (self._weights(batch, terms) * total).sum()
+        return self._weighted_sum(batch, terms, total)
 
     def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
         gather = self.accelerator.gather
         chosen, rejected = batch.side("chosen", "logps"), batch.side("rejected", "logps")
-        result = {
+        return {
             "entropy": entropy(batch, gather),
             "mean_token_accuracy": token_mean(batch, "chosen", "top1", gather),
             **logit_metrics(batch, gather),
@@ -101,9 +101,6 @@ class DPOTrainer(ReferencedTrainer, trl.DPOTrainer):
                 gather,
             ),
         }
-        if "aux_loss" in batch.scalars:
-            result["aux_loss"] = mean(batch.scalars["aux_loss"], gather)
-        return result
 
     def compute_ref_log_probs(self, model, inputs):
         """The reference's log-probabilities of a collated batch: ``(chosen [pairs], rejected [pairs])``."""

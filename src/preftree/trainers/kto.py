@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,11 @@ from datasets import Dataset, IterableDataset
 from preftree.logprobs import sequence_logps
 from preftree.objectives import KTO_LOSSES, KTOOptions, kl_estimate
 from preftree.packing import PackedRow
-from preftree.trainers.checks import PAIR_FIELDS, ROW, check_columns, check_raw
+from preftree.trainers.checks import PAIR_FIELDS, ROW, check_columns, check_raw, columns_of, source_of
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.config import KTOConfig
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import entropy, mean
-from preftree.trainers.preparation import columns_of, source_of
+from preftree.trainers.metrics import entropy
 from preftree.trainers.referenced import ReferencedTrainer
 from preftree.trainers.step import MicroBatch, Terms
 
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 class KTOCollator(TreeCollator):
     """Adds under "kl" the batch of mismatched completions from which the KL term is estimated."""
 
-    reference_columns: tuple[str, ...] = ("ref_logps",)
     mismatched: TreeCollator | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -73,13 +71,11 @@ class KTOTrainer(ReferencedTrainer, trl.KTOTrainer):
 
     def _make_collator(self) -> TreeCollator:
         plain = super()._make_collator()
-        own = dict(vars(plain))
         mismatched = None
         if self.calculate_KL:
-            layout = Layout(sides=("KL_completion",), max_length=self.args.max_length)
-            changed = {"layout": layout, "columns": (), "reference_columns": ("ref_KL_logps",), "padded": None}
-            mismatched = TreeCollator(**{**own, **changed})
-        return KTOCollator(**own, mismatched=mismatched)
+            layout = replace(plain.layout, sides=("KL_completion",))
+            mismatched = replace(plain, layout=layout, columns=(), reference_columns=("ref_KL_logps",), padded=None)
+        return KTOCollator(**vars(plain), mismatched=mismatched)
 
     # ------------------------------------------------------------------------------------------------ preparation
 
@@ -149,7 +145,7 @@ class KTOTrainer(ReferencedTrainer, trl.KTOTrainer):
     def _reference_columns(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         columns = {"ref_logps": torch.cat(self._reference_of(self._micro_batch(dict(inputs))))}
         if self.calculate_KL:
-            kl_batch = self._aligned(MicroBatch.from_inputs(self._prepare_inputs(inputs["kl"])))
+            kl_batch = self._micro_batch(inputs["kl"])
             columns["ref_KL_logps"] = torch.cat(self._reference_of(kl_batch))
         return columns
 
@@ -165,7 +161,7 @@ class KTOTrainer(ReferencedTrainer, trl.KTOTrainer):
         batch.scalars["kl"] = torch.zeros((), device=self.args.device)
         if not self.calculate_KL:
             return
-        kl_batch = self._mismatched = self._aligned(MicroBatch.from_inputs(self._prepare_inputs(inputs["kl"])))
+        kl_batch = self._mismatched = self._micro_batch(inputs["kl"])
         with torch.no_grad():
             for row in kl_batch.rows:
                 logps = sequence_logps(model, row).logps
@@ -180,19 +176,17 @@ class KTOTrainer(ReferencedTrainer, trl.KTOTrainer):
 
     def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
         ratio = terms.side("completion", "logps") - terms.side("completion", "ref")
-        desirable = batch.columns["label"].to(ratio.device).bool()[terms.members["unit"].to(ratio.device)]
+        desirable = self._of_units(batch.columns["label"], terms).bool()
         options = KTOOptions(self.beta, self.desirable_weight, self.undesirable_weight)
         losses = KTO_LOSSES[self.loss_type](ratio, desirable, batch.scalars["kl"], options)
-        return (self._weights(batch, terms) * losses).sum()
+        return self._weighted_sum(batch, terms, losses)
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
     def _count(self, batch: MicroBatch) -> None:
         super()._count(batch)
         if self.calculate_KL:
-            examples = self.computed["examples"]
             super()._count(self._mismatched)
-            self.computed["examples"] = examples
 
     def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
         gather = self.accelerator.gather
@@ -211,8 +205,6 @@ class KTOTrainer(ReferencedTrainer, trl.KTOTrainer):
                 result[f"logps/{side}"] = total / examples
         if "rewards/chosen" in result and "rewards/rejected" in result:
             result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
-        if "aux_loss" in batch.scalars:
-            result["aux_loss"] = mean(batch.scalars["aux_loss"], gather)
         return result
 
 
@@ -232,8 +224,7 @@ def _one_by_one(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset
         rows["label"] = [True, False] * len(chosen)
         return rows
 
-    columns = dataset.column_names or list(next(iter(dataset)))
-    return dataset.map(answers, batched=True, remove_columns=columns)
+    return dataset.map(answers, batched=True, remove_columns=columns_of(dataset))
 
 
 def _in_order(dataset: Dataset | IterableDataset, source: str | None = None) -> Dataset | IterableDataset:

@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 from trl.trainer.utils import get_config_model_id
 
 from preftree.trainers.base import TreeTrainer
+from preftree.trainers.checks import columns_of, source_of
+from preftree.trainers.groups import Layout
 from preftree.trainers.metrics import logit_metrics, mean, pair_metrics
-from preftree.trainers.preparation import columns_of, source_of
-from preftree.trainers.step import MicroBatch, Terms
+from preftree.trainers.step import MicroBatch, mean_nll
 
 # What TRL's trainers cut at if max_length is None.
 _DEFAULT_MAX_LENGTH = 512
@@ -30,6 +31,10 @@ class LikelihoodTrainer(TreeTrainer):
     """
 
     predicts_logits = False
+
+    @classmethod
+    def layout(cls, args: Any) -> Layout:
+        return Layout(form="labels", weighting=args.pair_weighting, max_length=args.max_length)
 
     @property
     def _aux_coefficient(self) -> float | None:
@@ -88,10 +93,6 @@ class LikelihoodTrainer(TreeTrainer):
 
     # ------------------------------------------------------------------------------------------------------ losses
 
-    def _nll(self, batch: MicroBatch, terms: Terms, side: str) -> torch.Tensor:
-        """These sequences' share of the mean negative log-likelihood over a side's tokens in the micro-batch."""
-        return -terms.side(side, "logps").sum() / batch.tokens[side]
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         casted = getattr(self, "_peft_has_been_casted_to_bf16", False)
         with torch.autocast(self.accelerator.device.type) if casted else contextlib.nullcontext():
@@ -112,7 +113,7 @@ class LikelihoodTrainer(TreeTrainer):
         """TRL's metrics of both trainers; ``nll_side`` is what the likelihood term scores, None without one."""
         nll = torch.zeros(1, device=self.args.device)
         if nll_side is not None:
-            nll = -batch.side(nll_side, "logps").sum() / batch.tokens[nll_side]
+            nll = mean_nll(batch, batch, nll_side)
         return {
             **pair_metrics(*rewards, *logps, self.accelerator.gather_for_metrics),
             **logit_metrics(batch, self.accelerator.gather),
@@ -128,8 +129,7 @@ class LikelihoodTrainer(TreeTrainer):
 
     def get_batch_loss_metrics(self, model, batch, train_eval="train"):
         """TRL's evaluation calls this: ``(loss, metrics)`` of a collated batch."""
-        micro_batch = self._micro_batch(batch)
-        loss = self._loss(micro_batch, self._run(model, micro_batch))
+        micro_batch, loss = self._whole_loss(model, batch)
         return loss, self._named(micro_batch, train_eval)
 
     def evaluation_loop(self, *args, **kwargs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from preftree.trainers.config import ORPOConfig
 from preftree.trainers.groups import Layout
 from preftree.trainers.likelihood import LikelihoodTrainer
 from preftree.trainers.metrics import mean
-from preftree.trainers.step import MicroBatch, Terms, pairs_without_reference
+from preftree.trainers.step import MicroBatch, Terms, mean_nll, pairs_without_reference
 
 
 class ORPOTrainer(LikelihoodTrainer, trl.experimental.orpo.ORPOTrainer):
@@ -30,11 +31,11 @@ class ORPOTrainer(LikelihoodTrainer, trl.experimental.orpo.ORPOTrainer):
 
     @classmethod
     def layout(cls, args: Any) -> Layout:
-        return Layout(form="labels", whole_chosen=True, weighting=args.pair_weighting, max_length=args.max_length)
+        return replace(super().layout(args), whole_chosen=True)
 
     def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
         losses = odds_ratio(pairs_without_reference(terms), self.beta)
-        return self._nll(batch, terms, "chosen_whole") + (self._weights(batch, terms) * losses).sum()
+        return mean_nll(batch, terms, "chosen_whole") + self._weighted_sum(batch, terms, losses)
 
     def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
         pairs = pairs_without_reference(batch)

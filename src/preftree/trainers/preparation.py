@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import Trainer
 
 from preftree.trainers.checks import (
@@ -16,6 +16,8 @@ from preftree.trainers.checks import (
     check_numbers,
     check_raw,
     check_tokenised,
+    columns_of,
+    source_of,
 )
 from preftree.trainers.groups import Layout
 from preftree.trainers.ranked import flatten, regroup
@@ -99,13 +101,3 @@ class DataPreparation(Trainer):
             cuts=self.cuts_at_max_length,
         )
         return check_tokenised(regroup(dataset, layout) if ranked else dataset, check)
-
-
-def source_of(dataset: Dataset | IterableDataset, name: str) -> str:
-    """What messages call a data set."""
-    file = dataset.info.dataset_name
-    return f"{name} dataset ({file})" if file else f"{name} dataset"
-
-
-def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
-    return dataset.column_names or list(next(iter(dataset), {}))

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from preftree.trainers.checks import ROW, pair_weights_of, scores_of
+from preftree.trainers.checks import ROW, columns_of, pair_weights_of, scores_of
 from preftree.trainers.groups import PAIR_WEIGHTS, PROMPT_LENGTHS, SCORES, SEQUENCES, Layout
 
 # Of the example that a pair is a part of: how many completions it has, their scores, the user's own pairs.
@@ -31,8 +31,7 @@ def flatten(dataset: Dataset | IterableDataset, ties: str) -> Dataset | Iterable
                 rows.append({**example, **two, **own, _COUNT: len(completions), _ORDER: scores})
         return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
-    columns = dataset.column_names or list(next(iter(dataset)))
-    return dataset.map(pairs, batched=True, remove_columns=columns)
+    return dataset.map(pairs, batched=True, remove_columns=columns_of(dataset))
 
 
 def regroup(dataset: Dataset | IterableDataset, layout: Layout) -> Dataset | IterableDataset:

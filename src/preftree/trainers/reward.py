@@ -61,9 +61,9 @@ class RewardTrainer(TreeTrainer, trl.RewardTrainer):
         chosen, rejected = terms.side("chosen", "rewards"), terms.side("rejected", "rewards")
         margin = batch.columns.get("margin")
         if margin is not None:
-            margin = margin.to(chosen.device)[terms.members["unit"].to(chosen.device)]
+            margin = self._of_units(margin, terms)
         losses = bradley_terry(chosen, rejected, margin, self.args.center_rewards_coefficient)
-        return (self._weights(batch, terms) * losses).sum()
+        return self._weighted_sum(batch, terms, losses)
 
     def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
         chosen, rejected = batch.side("chosen", "rewards"), batch.side("rejected", "rewards")

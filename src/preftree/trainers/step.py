@@ -14,6 +14,8 @@ from preftree.objectives import Pairs, completion_weights, wpo_weight
 from preftree.packing import PackedRow
 
 Members = dict[str, torch.Tensor]
+# Of the members, what belongs to ranked lists; the rest belongs to units.
+_OF_LISTS = ("ranking", "sizes")
 
 
 @dataclass
@@ -90,7 +92,7 @@ class MicroBatch:
 
     @cached_property
     def joined(self) -> Members:
-        """The members of all rows as those of one row that holds every sequence in order."""
+        """The members of all rows as those of one row that holds every sequence in order, units in order too."""
         parts = [
             {
                 name: indices if name in ("unit", "sizes") else row.sequence_ids.to(indices.device)[indices]
@@ -98,13 +100,14 @@ class MicroBatch:
             }
             for row, members in zip(self.rows, self.members, strict=True)
         ]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        order = joined["unit"].argsort()
+        return {name: indices if name in _OF_LISTS else indices[order] for name, indices in joined.items()}
 
     def side(self, side: str, name: str) -> torch.Tensor:
         """Recorded values of a side's sequences, ``[units]``, units in order."""
-        members = self.joined
         values = self.values[name]
-        return values[members[side][members["unit"].argsort()].to(values.device)]
+        return values[self.joined[side].to(values.device)]
 
 
 @dataclass
@@ -159,23 +162,16 @@ class Gradient:
     @classmethod
     def of(cls, loss: Callable[[Terms], torch.Tensor], whole: Terms) -> Gradient:
         """Of a function of the whole micro-batch's terms."""
-        leaves = {
-            (kind, name): value.detach().requires_grad_()
-            for kind, named in (("values", whole.values), ("totals", whole.totals))
-            for name, value in named.items()
-            if value.is_floating_point()
-        }
-        values = whole.values | {name: leaf for (kind, name), leaf in leaves.items() if kind == "values"}
-        totals = whole.totals | {name: leaf for (kind, name), leaf in leaves.items() if kind == "totals"}
+        values, totals = _leaves(whole.values), _leaves(whole.totals)
+        wanted = [value for value in (*values.values(), *totals.values()) if value.requires_grad]
         with torch.enable_grad():
             result = loss(Terms(whole.members, values, totals))
-            gradients = torch.autograd.grad(result, list(leaves.values()), materialize_grads=True)
-        found = dict(zip(leaves, gradients, strict=True))
-        return cls(
-            result.detach(),
-            {name: gradient for (kind, name), gradient in found.items() if kind == "values"},
-            {name: gradient for (kind, name), gradient in found.items() if kind == "totals"},
+            gradients = iter(torch.autograd.grad(result, wanted, materialize_grads=True))
+        by_values, by_totals = (
+            {name: next(gradients) for name, value in named.items() if value.requires_grad}
+            for named in (values, totals)
         )
+        return cls(result.detach(), by_values, by_totals)
 
     def linear(self, row: PackedRow, terms: Terms) -> torch.Tensor:
         """A function of one row's terms that has the loss's gradient; summed over rows it is its linear part."""
@@ -187,6 +183,17 @@ class Gradient:
             if own.requires_grad:
                 value = value + (self.totals[name] * own).sum()
         return value
+
+
+def _leaves(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same numbers cut off from where they come from; those that have a gradient ask for it."""
+    return {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in named.items()}
+
+
+def mean_nll(batch: MicroBatch, source: MicroBatch | Terms, side: str) -> torch.Tensor:
+    """The share of these terms (or of the whole record) in the micro-batch's mean negative log-likelihood, over the tokens
+    of a side."""
+    return -source.side(side, "logps").sum() / batch.tokens[side]
 
 
 def pairs_without_reference(source: MicroBatch | Terms) -> Pairs:

@@ -12,7 +12,7 @@ from preftree.trainers.base import TreeTrainer
 from preftree.trainers.config import TPOConfig
 from preftree.trainers.groups import Layout
 from preftree.trainers.metrics import entropy, logit_metrics, pair_metrics, token_mean
-from preftree.trainers.step import MicroBatch, Terms, pairs_without_reference
+from preftree.trainers.step import MicroBatch, Terms, mean_nll, pairs_without_reference
 
 
 class TPOTrainer(TreeTrainer, trl.experimental.tpo.TPOTrainer):
@@ -39,11 +39,8 @@ class TPOTrainer(TreeTrainer, trl.experimental.tpo.TPOTrainer):
 
     def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
         losses = TPO_LOSSES[self.loss_type](pairs_without_reference(terms), self._options())
-        loss = (self._weights(batch, terms) * losses).sum()
-        if self.tpo_alpha:
-            nll = -terms.side("reference", "logps").sum() / batch.tokens["reference"]
-            loss = loss + self.tpo_alpha * nll
-        return loss
+        loss = self._weighted_sum(batch, terms, losses)
+        return loss + self.tpo_alpha * mean_nll(batch, terms, "reference") if self.tpo_alpha else loss
 
     def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
         gather = self.accelerator.gather
