@@ -79,3 +79,39 @@ def compare_with_stock(model, groups, backend: str = "auto", row_length: int | N
         mine_grad = torch.zeros_like(theirs.grad) if mine.grad is None else mine.grad
         gradients[name] = (mine_grad - theirs.grad).abs().max().item() / scale
     return logps, gradients
+
+
+def random_row(seed: int, trees: int = 4, spare: int = 6, stretch: int = 1) -> preftree.PackedRow:
+    """A row of `random_sequences` with ``spare`` tokens of padding, each token ``stretch`` times: longer, branching alike."""
+    groups = random_sequences(torch.Generator().manual_seed(seed), 90, trees=trees)
+    built = [
+        preftree.TokenTree.from_sequences(
+            [[token for token in sequence for _ in range(stretch)] for sequence in sequences],
+            [stretch * length for length in prompt_lengths],
+        )
+        for sequences, prompt_lengths in groups
+    ]
+    return preftree.pack(built, sum(len(tree) for tree in built) + spare)[0]
+
+
+def walks_up(row: preftree.PackedRow) -> list[list[int]]:
+    """For each node the way from it to its root: itself first."""
+    parent = row.parent.tolist()
+    walks = []
+    for node in range(len(row)):
+        walk, at = [], node
+        while at >= 0:
+            walk.append(at)
+            at = parent[at]
+        walks.append(walk)
+    return walks
+
+
+def seen_by_walking_up(row: preftree.PackedRow, allowed) -> torch.Tensor:
+    """Bool ``[S, S]``: keys on the way up that ``allowed(query position, key position)``, positions being steps of it."""
+    visible = torch.zeros(len(row), len(row), dtype=torch.bool)
+    for query, walk in enumerate(walks_up(row)):
+        position = len(walk) - 1
+        for steps, key in enumerate(walk):
+            visible[query, key] = allowed(position, position - steps)
+    return visible

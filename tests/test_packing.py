@@ -153,3 +153,21 @@ def test_empty_row_holds_nothing():
     assert row.num_sequences == 0
     assert row.input_ids.tolist() == [3] * 16
     assert row.end.tolist() == list(range(1, 17))
+
+
+def test_where_it_is_already_a_row_is_itself():
+    row = preftree.pack(random_trees(2)[0], 100)[0]
+    row.derived["plan"] = object()
+    assert row.to("cpu") is row
+    assert row.to(torch.device("cpu")).derived
+
+
+def test_what_was_made_from_a_row_stays_with_it(monkeypatch):
+    row = preftree.pack(random_trees(2)[0], 100)[0]
+    assert row.derived == {}
+    row.derived["plan"] = object()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    for other in (row.to("meta"), row.pin_memory(), preftree.pack(random_trees(2)[0], 100)[0]):
+        assert other.derived == {}
+        other.derived["mine"] = 1
+    assert set(row.derived) == {"plan"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class PackedRow:
         num_tokens: tokens that are not padding.
         runs: the row's unbranched runs in order, ``(start, stop, index of the run before it or -1)``; a tuple on the
             host, for backends that work run by run.
+        derived: what backends have made from the row (block lists, plans), kept for its next forward pass.
     """
 
     input_ids: torch.Tensor
@@ -53,10 +54,15 @@ class PackedRow:
     node_counts: torch.Tensor
     num_tokens: int
     runs: tuple[tuple[int, int, int], ...]
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         """Row length ``S``, padding included."""
         return self.input_ids.numel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: what backends have made is made again."""
+        return {**self.__dict__, "derived": {}}
 
     @property
     def num_sequences(self) -> int:
@@ -78,14 +84,16 @@ class PackedRow:
 
     def _apply(self, function) -> PackedRow:
         changed: dict[str, Any] = {
-            field.name: function(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
+            entry.name: function(value)
+            for entry in fields(self)
+            if isinstance(value := getattr(self, entry.name), torch.Tensor)
         }
-        return replace(self, **changed)
+        return replace(self, **changed, derived={})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
-        """The same row with its tensors on ``device``."""
+        """The same row with its tensors on ``device``; the row itself if they are there."""
+        if self.input_ids.to(device) is self.input_ids:
+            return self
         return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedRow:

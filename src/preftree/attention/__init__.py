@@ -3,48 +3,111 @@
 Shapes: ``B`` batch (always 1: a row), ``H`` query heads, ``G`` key-value heads, ``S`` row length, ``D`` head size of
 queries and keys, ``E`` head size of values.
 
-Every backend is a function ``bind(row, rule) -> attend``: it is called once per forward pass and kind of mask, and
-returns ``attend(q_BHSD, k_BGSD, v_BGSE, scores) -> out_BHSE`` for the layers to call. What a layer adds to plain
-attention is in :class:`~preftree.attention.scores.Scores`.
+Every backend is a module with two functions. ``bind(row, rule) -> attend`` makes what the backend needs of the row;
+``attend(q_BHSD, k_BGSD, v_BGSE, scores) -> out_BHSE`` is for the layers to call. ``refusal(layer) -> str | None`` says why
+it cannot serve a layer. What a layer adds to plain attention is in :class:`~preftree.attention.scores.Scores`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
-from preftree.attention import dense, flex, varlen
-from preftree.attention.mask import Rule
+from preftree.attention import cost, dense, flash, flex, varlen
+from preftree.attention.layer import Layer
+from preftree.attention.mask import CAUSAL, Rule
 from preftree.attention.scores import Scores
 from preftree.packing import PackedRow
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tensor]
 
-BACKENDS: dict[str, Callable[[PackedRow, Rule], Attend]] = {
-    "dense": dense.bind,
-    "flex": flex.bind,
-    "varlen": varlen.bind,
-}
+BACKENDS: dict[str, ModuleType] = {"dense": dense, "flex": flex, "flash": flash, "varlen": varlen}
 
 
-def choose_backend(name: str, device: torch.device) -> str:
-    """The backend for a device: ``name`` itself, or for "auto" FlexAttention on a GPU and runs through SDPA elsewhere.
+def check_backend(name: str, device: torch.device) -> None:
+    """Raise for a backend that is none, or that can serve no layer on a device.
 
     Raises:
         ValueError: for a name that is no backend.
         NotImplementedError: for a backend forced on a device that it cannot train on.
     """
     if name == "auto":
-        return "flex" if device.type == "cuda" else "varlen"
+        return
+    backend = _named(name)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    usual = Layer(device.type, capability, torch.bfloat16, 8, 8, 64, 64, CAUSAL)
+    if (reason := backend.refusal(usual)) is not None:
+        raise NotImplementedError(f"backend {name!r} cannot be used on {device.type!r}: {reason}")
+
+
+def _named(name: str) -> ModuleType:
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}: choose from 'auto', {', '.join(map(repr, BACKENDS))}")
-    if name == "flex" and device.type != "cuda":
-        raise NotImplementedError(
-            f"backend 'flex' cannot be used on {device.type!r}: FlexAttention has no backward pass there. "
-            "Use 'auto', 'varlen' or 'dense'"
+    return BACKENDS[name]
+
+
+def choose_backend(name: str, layer: Layer, row: PackedRow) -> str:
+    """The backend for a layer and a row: ``name`` itself, or for "auto" the one that should train it fastest.
+
+    The choice is the same with and without gradients, so that a policy and its reference round alike.
+
+    Raises:
+        ValueError: for a name that is no backend.
+        NotImplementedError: for a backend forced on a layer that it cannot serve, with the reason.
+    """
+    if name != "auto":
+        if (reason := _named(name).refusal(layer)) is not None:
+            raise NotImplementedError(f"backend {name!r} cannot serve this layer: {reason}. Use 'auto'")
+        return name
+    if layer.device != "cuda":
+        return "varlen"
+    able = [backend for backend in ("flash", "varlen", "flex") if BACKENDS[backend].refusal(layer) is None]
+    if able == ["varlen"]:
+        _warn_of_fallback(layer)
+    return cost.fastest(able, layer, row)
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_fallback(layer: Layer) -> None:
+    """Say once for each reason that no kernel made for trees serves a layer."""
+    reasons = f"flash: {flash.refusal(layer)}; flex: {flex.refusal(layer)}"
+    if reasons not in _warned:
+        _warned.add(reasons)
+        warnings.warn(
+            f"no kernel for trees can serve this layer, attention goes path by path through torch ({reasons})",
+            stacklevel=2,
         )
-    return name
 
 
-__all__ = ["BACKENDS", "Attend", "Rule", "Scores", "choose_backend"]
+class TreeAttention:
+    """Attention bound to a row and a family's rule, for the layers of one forward pass to call.
+
+    The backend is chosen when a layer calls, since it depends on head sizes and types; what it makes of the row is made
+    once. Under autocast queries, keys and values are cast as scaled dot-product attention casts them.
+    """
+
+    def __init__(self, row: PackedRow, rule: Rule, backend: str = "auto"):
+        self.row, self.rule, self.backend = row, rule, backend
+        self._bound: dict[str, Attend] = {}
+
+    def __call__(
+        self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """Attention output ``[B, H, S, E]``."""
+        device = q_BHSD.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            q_BHSD, k_BGSD, v_BGSE = q_BHSD.to(dtype), k_BGSD.to(dtype), v_BGSE.to(dtype)
+        layer = Layer.of(q_BHSD, k_BGSD, v_BGSE, self.rule, scores)
+        name = choose_backend(self.backend, layer, self.row)
+        if name not in self._bound:
+            self._bound[name] = BACKENDS[name].bind(self.row, self.rule)
+        return self._bound[name](q_BHSD, k_BGSD, v_BGSE, scores)
+
+
+__all__ = ["BACKENDS", "Attend", "Layer", "Rule", "Scores", "TreeAttention", "check_backend", "choose_backend"]

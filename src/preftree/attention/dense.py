@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from preftree.attention.layer import Layer
 from preftree.attention.mask import Rule, visible_nodes
 from preftree.attention.scores import masked_attention
 from preftree.packing import PackedRow
+
+
+def refusal(layer: Layer) -> str | None:
+    """None: it serves every layer on every device."""
+    return None
 
 
 def bind(row: PackedRow, rule: Rule):

@@ -1,97 +1,107 @@
-"""Tree attention run by run: each unbranched run of nodes attends to the keys of its path from the root.
+"""Tree attention path by path: each query block (`paths`) is ordinary attention to the keys of its path.
 
-Within a path, positions are those of an ordinary sequence, so each call is ordinary attention. Work grows with the
-sum over runs of (run length x path length): a packed row costs what its trees cost, not the square of the row.
+On a GPU all blocks go into one call of a variable-length kernel, over keys that are copied path by path. Elsewhere each
+block is one call of scaled dot-product attention. Work grows with the sum over blocks of (queries x path length): a row
+costs what its trees cost, not the square of the row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
+from preftree.attention import varlen_kernels
+from preftree.attention.copying import copy_to_paths
+from preftree.attention.layer import Layer
 from preftree.attention.mask import Rule
+from preftree.attention.paths import QueryBlock, plan_paths, query_blocks
 from preftree.attention.scores import Scores, masked_attention, repeat_heads
 from preftree.packing import PackedRow
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One run of queries and the runs whose keys it sees.
-
-    `visible` is None where the plain causal flag says it all (a run at a root under a rule that is causal there);
-    otherwise bool ``[Q, K]`` over the path's keys from key `first_key` on: those before it no query sees.
-    """
-
-    path: tuple[int, ...]
-    first_key: int
-    visible: torch.Tensor | None
-
-
-def _plan(row: PackedRow, rule: Rule) -> list[_Run]:
-    plan: list[_Run] = []
-    depth_after: list[int] = []
-    for index, (start, stop, before) in enumerate(row.runs):
-        path = (*plan[before].path, index) if before >= 0 else (index,)
-        depth = depth_after[before] if before >= 0 else 0
-        length = stop - start
-        depth_after.append(depth + length)
-        key_positions = torch.arange(depth + length, device=row.device)
-        query_positions = key_positions[depth:]
-        causal = key_positions[None, :] <= query_positions[:, None]
-        visible = causal if rule.causal else causal & rule(query_positions, key_positions)
-        first_key = 0
-        if not rule.causal:
-            seen = visible.any(0)
-            first_key = int(seen.int().argmax())
-            visible = visible[:, first_key:]
-        if depth == 0 and first_key == 0 and (rule.causal or bool((visible == causal).all())):
-            plan.append(_Run(path, 0, None))
-        else:
-            plan.append(_Run(path, first_key, visible))
-    return plan
+def refusal(layer: Layer) -> str | None:
+    """None: without a kernel for a layer, blocks go through scaled dot-product attention one by one."""
+    return None
 
 
 def bind(row: PackedRow, rule: Rule):
-    """Attention path by path; exact on every device, made for a CPU (a GPU wants fewer, larger calls)."""
-    plan = _plan(row, rule)
-    lengths = [stop - start for start, stop, _ in row.runs]
-    padding = len(row) - row.num_tokens
-    node_of_path = {run.path: _path_nodes(row, run.path) for run in plan} if plan else {}
+    """Attention path by path; exact on every device, through one kernel where there is one for the layer."""
+    one_by_one = None
 
     def attend(q_BHSD, k_BGSD, v_BGSE, scores: Scores):
-        # `split` once, not a slice a run: the gradient of a slice is a row-long tensor of zeros, of a split one `cat`.
-        q_runs = q_BHSD[:, :, : row.num_tokens].split(lengths, dim=2)
-        k_runs = k_BGSD[:, :, : row.num_tokens].split(lengths, dim=2)
-        v_runs = v_BGSE[:, :, : row.num_tokens].split(lengths, dim=2)
-        outputs = []
-        for run, q_BHQD in zip(plan, q_runs, strict=True):
-            k_BGKD = torch.cat([k_runs[i] for i in run.path], dim=2)[:, :, run.first_key :]
-            v_BGKE = torch.cat([v_runs[i] for i in run.path], dim=2)[:, :, run.first_key :]
-            if scores.bias is not None:
-                keys = node_of_path[run.path]
-                queries = keys[len(keys) - q_BHQD.shape[2] :]
-                bias = scores.bias.index_select(-2, queries).index_select(-1, keys[run.first_key :])
-                outputs.append(_attend_run(q_BHQD, k_BGKD, v_BGKE, run.visible, replace(scores, bias=bias)))
-            else:
-                outputs.append(_attend_run(q_BHQD, k_BGKD, v_BGKE, run.visible, scores))
-        if padding:
-            # A padding token sees itself alone, so its output is its value.
-            outputs.append(repeat_heads(v_BGSE[:, :, row.num_tokens :], q_BHSD.shape[1]))
-        if not plan:
-            # A row of nothing but padding still takes part in gradients, or ranks would wait for each other's.
-            outputs[0] = outputs[0] + 0 * (q_BHSD.sum() + k_BGSD.sum())
-        return torch.cat(outputs, dim=2)
+        nonlocal one_by_one
+        kernel = varlen_kernels.choose(Layer.of(q_BHSD, k_BGSD, v_BGSE, rule, scores))
+        if kernel is not None and row.num_tokens:
+            return _by_kernel(kernel, row, rule, q_BHSD, k_BGSD, v_BGSE, scores)
+        if one_by_one is None:
+            one_by_one = _OneByOne(row, rule)
+        return one_by_one(q_BHSD, k_BGSD, v_BGSE, scores)
 
     return attend
 
 
-def _path_nodes(row: PackedRow, path: tuple[int, ...]) -> torch.Tensor:
-    return torch.cat([torch.arange(row.runs[i][0], row.runs[i][1], device=row.device) for i in path])
+def _by_kernel(kernel, row: PackedRow, rule: Rule, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
+    plan = plan_paths(row, rule.window)
+    q_SHD, k_SGD, v_SGE = (x[0].transpose(0, 1) for x in (q_BHSD, k_BGSD, v_BGSE))
+    k_KGD, v_KGE = copy_to_paths(k_SGD, v_SGE, plan)
+    return kernel(q_SHD, k_KGD, v_KGE, plan, rule.window, scores).transpose(0, 1)[None]
 
 
-def _attend_run(q_BHQD, k_BGKD, v_BGKE, visible_QK, scores: Scores) -> torch.Tensor:
+class _OneByOne:
+    """Blocks one after the other; under a rule other than causal with the part of the mask that each needs."""
+
+    def __init__(self, row: PackedRow, rule: Rule):
+        self.row = row
+        self.blocks = query_blocks(row.runs)
+        self.visible = [self._visible(block, rule) for block in self.blocks]
+
+    def _visible(self, block: QueryBlock, rule: Rule) -> tuple[int, torch.Tensor | None]:
+        """The first key that a query sees, and bool ``[Q, K]`` from that key on: None where the causal flag says it."""
+        depth, length = block.depth, block.stop - block.start
+        key_positions = torch.arange(depth + length, device=self.row.device)
+        query_positions = key_positions[depth:]
+        causal = key_positions[None, :] <= query_positions[:, None]
+        visible = causal if rule.causal else causal & rule(query_positions, key_positions)
+        if depth == 0 and (rule.causal or bool((visible == causal).all())):
+            return 0, None
+        first = 0 if rule.causal else int(visible.any(0).int().argmax())
+        return first, visible[:, first:]
+
+    def __call__(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
+        row, blocks = self.row, self.blocks
+        # `split` once, not a slice a run: the gradient of a slice is a row-long tensor of zeros, of a split one `cat`.
+        lengths = [block.stop - block.start for block in blocks]
+        q_blocks = q_BHSD[:, :, : row.num_tokens].split(lengths, dim=2)
+        borders = sorted({0, row.num_tokens}.union(*((b.start, b.stop, *sum(b.above, ())) for b in blocks)))
+        pieces = [stop - start for start, stop in pairwise(borders)]
+        index = {border: i for i, border in enumerate(borders)}
+        k_pieces = k_BGSD[:, :, : row.num_tokens].split(pieces, dim=2)
+        v_pieces = v_BGSE[:, :, : row.num_tokens].split(pieces, dim=2)
+        outputs = []
+        for block, (first, visible_QK), q_BHQD in zip(blocks, self.visible, q_blocks, strict=True):
+            intervals = (*block.above, (block.start, block.stop))
+            path = [i for start, stop in intervals for i in range(index[start], index[stop])]
+            k_BGKD = torch.cat([k_pieces[i] for i in path], dim=2)[:, :, first:]
+            v_BGKE = torch.cat([v_pieces[i] for i in path], dim=2)[:, :, first:]
+            here = scores
+            if scores.bias is not None:
+                keys = torch.cat([torch.arange(*interval, device=row.device) for interval in intervals])
+                queries = keys[len(keys) - q_BHQD.shape[2] :]
+                here = replace(scores, bias=scores.bias.index_select(-2, queries).index_select(-1, keys[first:]))
+            outputs.append(_attend_block(q_BHQD, k_BGKD, v_BGKE, visible_QK, here))
+        if row.num_tokens < len(row):
+            # A padding token sees itself alone, so its output is its value.
+            outputs.append(repeat_heads(v_BGSE[:, :, row.num_tokens :], q_BHSD.shape[1]))
+        if not blocks:
+            # A row of nothing but padding still takes part in gradients, or ranks would wait for each other's.
+            outputs[0] = outputs[0] + 0 * (q_BHSD.sum() + k_BGSD.sum())
+        return torch.cat(outputs, dim=2)
+
+
+def _attend_block(q_BHQD, k_BGKD, v_BGKE, visible_QK, scores: Scores) -> torch.Tensor:
     if not scores.plain:
         if visible_QK is None:
             visible_QK = torch.ones(q_BHQD.shape[2], k_BGKD.shape[2], dtype=torch.bool, device=q_BHQD.device).tril()

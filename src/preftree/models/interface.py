@@ -9,18 +9,26 @@ layer receives the row inside its mask, a layer that activation checkpointing ru
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    chunked_overlay,
+    eager_mask,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from preftree.attention import BACKENDS, Attend, Rule, Scores
+from preftree.attention import Rule, Scores, TreeAttention
 from preftree.packing import PackedRow
 
 # The name says which function serves ordinary batches. Names that contain "flash", "sdpa" or "flex_attention" would
@@ -71,7 +79,32 @@ class RowMask:
     """What layers receive in place of a mask tensor: attention bound to the row and the family's rule."""
 
     active: ActiveRow
-    attend: Attend
+    attend: TreeAttention
+
+
+def _rule(mask_function: Callable[..., Any], local_size: int | None) -> Rule:
+    """What a family's mask function hides, as far as it is one that transformers makes.
+
+    Those are told by their code, and their size by what it closes over; left padding, which moves chunks, is none in a row.
+    """
+    if mask_function is causal_mask_function:
+        return Rule(mask_function, causal=True)
+    parts = _closed_over(mask_function, _SOME_WINDOW).get("mask_functions", ())
+    if len(parts) == 2 and parts[1] is causal_mask_function:
+        window = _closed_over(parts[0], sliding_window_overlay(1)).get("sliding_window")
+        chunk = _closed_over(parts[0], chunked_overlay(1, torch.zeros(1))).get("chunk_size")
+        return Rule(mask_function, window=window, chunk=chunk, reach=local_size)
+    return Rule(mask_function, reach=local_size)
+
+
+def _closed_over(function: Callable, like: Callable) -> dict[str, Any]:
+    """What a function closes over, by name, if its code is that of ``like``."""
+    if getattr(function, "__code__", None) is not like.__code__ or function.__closure__ is None:
+        return {}
+    return dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
+
+
+_SOME_WINDOW = sliding_window_causal_mask_function(1)
 
 
 def _tree_mask(fallback):
@@ -79,8 +112,7 @@ def _tree_mask(fallback):
         active = _active_row.get()
         if active is None:
             return fallback(*args, mask_function=mask_function, local_size=local_size, **kwargs)
-        rule = Rule(mask_function, causal=mask_function is causal_mask_function, reach=local_size)
-        return RowMask(active, BACKENDS[active.backend](active.row, rule))
+        return RowMask(active, TreeAttention(active.row, _rule(mask_function, local_size), active.backend))
 
     return mask
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from preftree.attention import choose_backend
+from preftree.attention import check_backend
 from preftree.models import interface
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal
@@ -110,8 +110,8 @@ def prepare_model(model: torch.nn.Module, backend: str = "auto", verify: bool = 
     Args:
         model: a `PreTrainedModel` with a language-modelling head (or a sequence classifier, for rewards), or a PEFT model
             around one.
-        backend: "auto" chooses by device; "dense" is the specification; "flex" FlexAttention (GPU); "varlen" goes run
-            by run.
+        backend: "auto" chooses by device, layer and row; "flash" is FlashAttention-4 with the tree's mask (Hopper),
+            "flex" FlexAttention (GPU), "varlen" goes path by path, "dense" is the specification.
         verify: run a tree of some thirty tokens through the model and compare with the stock model on each of its
             sequences alone. Takes a few short forward passes.
 
@@ -123,7 +123,7 @@ def prepare_model(model: torch.nn.Module, backend: str = "auto", verify: bool = 
         ValueError: for an unknown backend, or weights that give no finite log-probabilities.
     """
     base = base_model(model)
-    choose_backend(backend, base.device)
+    check_backend(backend, base.device)
     if (prepared := getattr(base, ATTRIBUTE, None)) is not None:
         prepared.backend = backend
         return model

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from preftree.attention import choose_backend
 from preftree.models import interface
 from preftree.packing import PackedRow
 
@@ -79,8 +78,7 @@ class PreparedModel:
             NotImplementedError: if a layer does not attend through the tree.
         """
         device = row.device
-        backend = choose_backend(self.backend, device)
-        with interface.activate(row, backend, self.contiguous) as active:
+        with interface.activate(row, self.backend, self.contiguous) as active:
             output = (forward or self.backbone)(
                 input_ids=row.input_ids[None],
                 attention_mask=torch.ones(1, len(row), dtype=torch.long, device=device),

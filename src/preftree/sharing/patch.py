@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from preftree.attention import choose_backend
+from preftree.attention import check_backend
 from preftree.models.interface import row_is_active
 from preftree.models.prepare import attach_tree_attention, base_model, restore_attention
 from preftree.models.prepared import ATTRIBUTE, PreparedModel
@@ -220,7 +220,7 @@ def share_prefixes(model: torch.nn.Module, backend: str = "auto") -> PrefixShari
             token outside the vocabulary.
     """
     base = base_model(model)
-    choose_backend(backend, base.device)
+    check_backend(backend, base.device)
     patch = base.__dict__.get(_PATCH)
     if patch is not None and (sharing := patch.sharing) is not None:
         if backend not in ("auto", sharing.prepared.backend):

@@ -55,7 +55,10 @@ class TreeArguments:
     )
     attention_backend: str = field(
         default="auto",
-        metadata={"help": "Tree attention: 'auto' chooses by device; 'dense', 'flex' or 'varlen' force one."},
+        metadata={
+            "help": "Tree attention: 'auto' chooses by device, layer and row; 'flash', 'flex', 'varlen' or "
+            "'dense' force one."
+        },
     )
     share_prefixes: bool = field(
         default=True,

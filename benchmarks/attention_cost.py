@@ -1,0 +1,128 @@
+"""Fits the cost model of `preftree.attention.cost` on this GPU and prints its factors.
+
+    python benchmarks/attention_cost.py [--sizes 64 128 256]
+
+Rows of many shapes (pairs, lists of responses, a system prompt over several prompts, uneven lengths) are timed with each
+backend, forward and backward; the factors are the non-negative ones with the smallest squared relative error. A second set
+of rows that the fit has not seen tells how far the backend that the model chooses is behind the best one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import combinations
+
+import attention as bench
+import numpy as np
+import torch
+
+from preftree.attention import BACKENDS, Layer, cost
+from preftree.attention.cost import Work
+from preftree.attention.mask import CAUSAL
+from preftree.packing import static_length
+from preftree.report import versions
+
+NAMES = ("flash", "varlen", "flex")
+
+
+def uneven(count: int, prompt: int, response: int, responses: int, seed: int) -> bench.Case:
+    """``count`` prompts with responses of log-normal lengths around the given ones."""
+    generator, draw = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    trees = []
+    for index in range(count):
+        lengths = np.exp(np.log([prompt] + [response] * responses) + 0.5 * draw.standard_normal(responses + 1))
+        first, *others = np.clip(lengths, 4, 20000).astype(int).tolist()
+        shared = bench.tokens(generator, first, index)
+        trees.append([shared + bench.tokens(generator, length, i) for i, length in enumerate(others)])
+    return bench.Case(f"{count} uneven ({prompt}, {responses} x {response}) {seed}", trees)
+
+
+def fitting_rows() -> list[bench.Case]:
+    return [
+        bench.pairs_of(1, 6144, 1024, 1024),
+        bench.pairs_of(2, 3000, 700, 900),
+        bench.pairs_of(6, 900, 300, 200),
+        bench.pairs_of(12, 200, 400, 350),
+        bench.pairs_of(40, 100, 90, 110),
+        bench.pairs_of(100, 60, 30, 30),
+        bench.pairs_of(3, 600, 300, 300, 300, 300),
+        bench.pairs_of(16, 250, 100, 100, 100, 100),
+        uneven(8, 700, 450, 2, 0),
+        uneven(60, 120, 60, 2, 1),
+        uneven(5, 120, 290, 4, 2),
+        bench.system_prompt(400, 6, 300, 3, 200),
+    ]
+
+
+def held_out_rows() -> list[bench.Case]:
+    return [
+        uneven(10, 700, 180, 2, 10),
+        uneven(20, 380, 35, 2, 11),
+        uneven(30, 120, 290, 2, 12),
+        uneven(80, 127, 59, 2, 13),
+        uneven(4, 3000, 1000, 2, 14),
+    ]
+
+
+def static(case: bench.Case) -> bench.Case:
+    """The same trees in a row of one of a few lengths: FlexAttention compiles for each."""
+    return bench.Case(case.name, case.trees, row_length=static_length(case.row.num_tokens, 4096))
+
+
+def milliseconds(case: bench.Case, shape: bench.Shape, backend: str, repeats: int) -> float:
+    forward, inputs, gradient = bench.tree_method(case, shape, backend)()
+    return bench.timed(lambda: torch.autograd.grad(forward(), inputs, gradient), repeats).median
+
+
+def non_negative(features: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Factors >= 0 with the smallest squared relative error: the best of all subsets of features."""
+    weighted, ones = features / times[:, None], np.ones(len(times))
+    best, found = np.inf, np.zeros(features.shape[1])
+    for count in range(1, features.shape[1] + 1):
+        for chosen in map(list, combinations(range(features.shape[1]), count)):
+            solution = np.linalg.lstsq(weighted[:, chosen], ones, rcond=None)[0]
+            error = float(((weighted[:, chosen] @ solution - 1) ** 2).sum())
+            if (solution >= 0).all() and error < best:
+                best, found = error, np.zeros(features.shape[1])
+                found[chosen] = solution
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--repeats", type=int, default=10)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("the cost model is for GPUs: there is none here")
+    print(versions() + bench.library_versions(), flush=True)
+    capability = torch.cuda.get_device_capability()
+    fitted: dict[int, dict[str, tuple[float, ...]]] = {}
+    for size in options.sizes:
+        shape = bench.Shape(32, 8, size, torch.bfloat16)
+        layer = Layer("cuda", capability, torch.bfloat16, 32, 8, size, size, CAUSAL)
+        able = [name for name in NAMES if BACKENDS[name].refusal(layer) is None]
+        rows, unseen = ([static(case) for case in made()] for made in (fitting_rows, held_out_rows))
+        fitted[size] = {}
+        for name in able:
+            times = np.array([milliseconds(case, shape, name, options.repeats) for case in rows])
+            features = np.array([Work.of(case.row).features(name) for case in rows])
+            factors = non_negative(features, times)
+            fitted[size][name] = tuple(float(f"{factor:.4g}") for factor in factors)
+            worst = np.abs(features @ factors / times - 1).max()
+            print(f"  {size} {name}: {fitted[size][name]}, within {worst:.1%} on {len(rows)} rows", flush=True)
+        cost.FACTORS[capability[0]] = fitted
+        for case in unseen:
+            measured = {name: milliseconds(case, shape, name, options.repeats) for name in able}
+            chosen = cost.fastest(able, layer, case.row)
+            behind = measured[chosen] / min(measured.values()) - 1
+            listed = ", ".join(
+                f"{name} {time:.3f} ms (expected {cost.estimate(name, layer, Work.of(case.row)) or 0:.3f})"
+                for name, time in measured.items()
+            )
+            print(f"  {size} {case.name}: chose {chosen}, {behind:.1%} behind the best: {listed}", flush=True)
+    print(f"FACTORS = {{{capability[0]}: {fitted}}}")
+
+
+if __name__ == "__main__":
+    main()

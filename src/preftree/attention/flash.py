@@ -1,0 +1,182 @@
+"""Tree attention through FlashAttention-4's block-sparse kernels, which the tree's rule is compiled into.
+
+FlexAttention's `BACKEND="FLASH"` calls the same kernels. Called directly they serve every row length with one compiled
+kernel, take the rule in a cheaper form (`flash_mask`), and leave out what FlexAttention does on the host for each call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from preftree.attention import fa4
+from preftree.attention.layer import Layer
+from preftree.attention.mask import BlockLists, Rule, block_lists, visible_blocks
+from preftree.attention.scores import Scores
+from preftree.packing import PackedRow
+
+# The kernels' last tiles reach so far behind the row's end at most.
+_TILE = 128
+
+
+def refusal(layer: Layer) -> str | None:
+    """Why this backend cannot serve a layer, or None."""
+    if not layer.rule.known:
+        return "the family's mask is neither causal nor a sliding window nor chunks, which is all its kernels are given"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward pass adds up in no fixed order, and deterministic algorithms are asked for"
+    # Blackwell's kernels want other blocks, which nobody has measured here.
+    return fa4.refusal(layer, capabilities=(9,))
+
+
+def block_sizes(size: int, value_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Query and key tokens of a block, in the forward and in the backward pass: what the kernels' tiles go with."""
+    if size <= 128:
+        return (128, 128), (128, 128)
+    if size <= 192:
+        return (128, 128 if value_size <= 128 else 112), (128, 96)
+    return (128, 64), (128, 64)
+
+
+def _tables(row: PackedRow, rule: Rule, sizes: tuple[tuple[int, int], tuple[int, int]]) -> list[torch.Tensor]:
+    """What the kernels need to know of the row.
+
+    `end`, positions and lowest positions ``[3, S + ...]``; the `BlockLists` of query blocks, for the forward pass, and of
+    key blocks, for the backward pass.
+    """
+    key = ("flash", rule.key, sizes)
+    if key not in row.derived:
+        (query_block, key_block), (query_block_bwd, key_block_bwd) = sizes
+        nodes = torch.stack((row.end, row.position_ids, rule.lowest(row.position_ids)))
+        nodes = torch.nn.functional.pad(nodes, (0, _TILE + -len(row) % _TILE)).to(torch.int32)
+        some, everything = visible_blocks(row, rule, query_block, key_block)
+        forward = block_lists(some, everything)
+        if sizes[0] != sizes[1]:
+            some, everything = visible_blocks(row, rule, query_block_bwd, key_block_bwd)
+        row.derived[key] = [nodes, *forward, *block_lists(some.T, everything.T)]
+    return row.derived[key]
+
+
+def bind(row: PackedRow, rule: Rule):
+    """Attention by FlashAttention-4 on this row; made for long rows, at its best from some thousand tokens on."""
+
+    def attend(q_BHSD, k_BGSD, v_BGSE, scores: Scores):
+        sizes = block_sizes(q_BHSD.shape[-1], v_BGSE.shape[-1])
+        out_BHSE, _ = _forward(
+            q_BHSD,
+            k_BGSD,
+            v_BGSE,
+            scores.sinks,
+            _tables(row, rule, sizes),
+            [*sizes[0], *sizes[1]],
+            not rule.causal,
+            scores.scale,
+            scores.softcap or 0.0,
+        )
+        return out_BHSE
+
+    return attend
+
+
+def _mask(nodes: torch.Tensor, lists: list[torch.Tensor], sizes: list[int], from_lowest: bool) -> dict:
+    """The rule as arguments of the kernels; they read the rows of ``nodes`` by address."""
+    from cutlass import Int64
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    from preftree.attention.flash_mask import tree_mask, tree_mask_from
+
+    end, positions, lowest = (Int64(row.data_ptr()) for row in nodes)
+    return {
+        "mask_mod": tree_mask_from if from_lowest else tree_mask,
+        "aux_scalars": (end, positions, lowest) if from_lowest else (end,),
+        "block_sparse_tensors": BlockSparseTensorsTorch(*BlockLists(*lists), block_size=(sizes[0], sizes[1])),
+    }
+
+
+@torch.library.custom_op("preftree::flash_forward", mutates_args=())
+def _forward(
+    q_BHSD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSE: torch.Tensor,
+    sinks: torch.Tensor | None,
+    tables: list[torch.Tensor],
+    sizes: list[int],
+    from_lowest: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exps ``[B, H, S]``, these with the sinks' part."""
+    out_BSHE, lse_BHS, *_ = fa4.kernels()._flash_attn_fwd(
+        q_BHSD.transpose(1, 2),
+        k_BGSD.transpose(1, 2),
+        v_BGSE.transpose(1, 2),
+        softmax_scale=scale,
+        learnable_sink=sinks,
+        pack_gqa=False,
+        return_lse=True,
+        **fa4.capping(softcap),
+        **_mask(tables[0], tables[1:5], sizes[:2], from_lowest),
+    )
+    return out_BSHE.transpose(1, 2), lse_BHS
+
+
+@_forward.register_fake
+def _(q_BHSD, k_BGSD, v_BGSE, sinks, tables, sizes, from_lowest, scale, softcap):
+    batch, heads, length, _ = q_BHSD.shape
+    out_BSHE = q_BHSD.new_empty((batch, length, heads, v_BGSE.shape[-1]))
+    return out_BSHE.transpose(1, 2), q_BHSD.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+@torch.library.custom_op("preftree::flash_backward", mutates_args=())
+def _backward(
+    grad_BHSE: torch.Tensor,
+    q_BHSD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSE: torch.Tensor,
+    out_BHSE: torch.Tensor,
+    lse_BHS: torch.Tensor,
+    sinks: torch.Tensor | None,
+    tables: list[torch.Tensor],
+    sizes: list[int],
+    from_lowest: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of queries, keys, values and sinks (empty without sinks)."""
+    dq_BSHD, dk_BSGD, dv_BSGE, *dsinks = fa4.kernels()._flash_attn_bwd(
+        q_BHSD.transpose(1, 2),
+        k_BGSD.transpose(1, 2),
+        v_BGSE.transpose(1, 2),
+        out_BHSE.transpose(1, 2),
+        grad_BHSE.transpose(1, 2),
+        lse_BHS,
+        softmax_scale=scale,
+        learnable_sink=sinks,
+        **fa4.capping(softcap, backward=True),
+        **_mask(tables[0], tables[5:], sizes[2:], from_lowest),
+    )
+    gradient = dsinks[0] if sinks is not None else q_BHSD.new_empty(0)
+    return dq_BSHD.transpose(1, 2), dk_BSGD.transpose(1, 2), dv_BSGE.transpose(1, 2), gradient
+
+
+@_backward.register_fake
+def _(grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, sinks, *options):
+    gradients = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHSD, k_BGSD, v_BGSE)]
+    return *gradients, q_BHSD.new_empty(0) if sinks is None else torch.empty_like(sinks)
+
+
+def _save(ctx, inputs, output):
+    q_BHSD, k_BGSD, v_BGSE, sinks, tables, *options = inputs
+    ctx.save_for_backward(q_BHSD, k_BGSD, v_BGSE, *output, *([] if sinks is None else [sinks]), *tables)
+    ctx.options, ctx.tables = options, len(tables)
+
+
+def _differentiate(ctx, grad_BHSE, _):
+    # The log-sum-exps are for the backward pass alone: nobody gets them, so they have no gradient.
+    saved = ctx.saved_tensors
+    tensors, tables = list(saved[: -ctx.tables]), list(saved[-ctx.tables :])
+    sinks = tensors[5] if len(tensors) == 6 else None
+    dq, dk, dv, dsinks = _backward(grad_BHSE, *tensors[:5], sinks, tables, *ctx.options)
+    return dq, dk, dv, None if sinks is None else dsinks, [None] * ctx.tables, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
