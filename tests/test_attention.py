@@ -338,7 +338,7 @@ def test_flash_without_its_library(monkeypatch):
         ({"size": 20, "value_size": 20}, None),
         ({"device": "cpu", "capability": None}, None),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else str(value),
 )
 def test_kernels_that_go_path_by_path(changes, kernel):
     chosen = varlen_kernels.choose(replace(ON_HOPPER, **changes))
