@@ -87,12 +87,14 @@ def _warn_of_fallback(layer: Layer) -> None:
 class TreeAttention:
     """Attention bound to a row and a family's rule, for the layers of one forward pass to call.
 
-    The backend is chosen when a layer calls, since it depends on head sizes and types; what it makes of the row is made
-    once. Under autocast queries, keys and values are cast as scaled dot-product attention casts them.
+    The backend is chosen when a layer calls, since it depends on head sizes and types, and once for all that are alike;
+    what it makes of the row is made once. Under autocast queries, keys and values are cast as scaled dot-product attention
+    casts them.
     """
 
     def __init__(self, row: PackedRow, rule: Rule, backend: str = "auto"):
         self.row, self.rule, self.backend = row, rule, backend
+        self._chosen: dict[Layer, str] = {}
         self._bound: dict[str, Attend] = {}
 
     def __call__(
@@ -104,7 +106,9 @@ class TreeAttention:
             dtype = torch.get_autocast_dtype(device)
             q_BHSD, k_BGSD, v_BGSE = q_BHSD.to(dtype), k_BGSD.to(dtype), v_BGSE.to(dtype)
         layer = Layer.of(q_BHSD, k_BGSD, v_BGSE, self.rule, scores)
-        name = choose_backend(self.backend, layer, self.row)
+        if layer not in self._chosen:
+            self._chosen[layer] = choose_backend(self.backend, layer, self.row)
+        name = self._chosen[layer]
         if name not in self._bound:
             self._bound[name] = BACKENDS[name].bind(self.row, self.rule)
         return self._bound[name](q_BHSD, k_BGSD, v_BGSE, scores)
