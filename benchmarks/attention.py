@@ -34,10 +34,13 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import preftree
 from preftree.attention import BACKENDS, Layer, Scores, TreeAttention, choose_backend, fa4
+from preftree.attention.blocks import key_lists, query_lists
+from preftree.attention.copying import copy_to_paths
 from preftree.attention.flash import _tables, block_sizes
 from preftree.attention.flex import block_mask
-from preftree.attention.mask import CAUSAL, Rule, block_lists, sliding_window, visible_blocks
+from preftree.attention.mask import CAUSAL, Rule, sliding_window
 from preftree.attention.paths import plan_paths
+from preftree.attention.varlen_kernels import by_fa4
 from preftree.report import versions
 
 CUDA = torch.cuda.is_available()
@@ -245,8 +248,9 @@ def dense_methods(
     yield "FA2 varlen", fa2_varlen
     yield "FA4", fa4_fixed
     yield "FA4 varlen", fa4_varlen
-    alone = Case(case.name, [[sequence] for tree in case.trees for sequence in tree], case.rule, case.sinks)
-    yield "FlexAttention compiled, unshared", tree_method(alone, shape, "flex")
+    if plain:
+        alone = Case(case.name, [[sequence] for tree in case.trees for sequence in tree])
+        yield "FlexAttention compiled, unshared", tree_method(alone, shape, "flex")
 
 
 def fa4_window(window: int | None) -> tuple[int | None, int | None]:
@@ -273,14 +277,17 @@ def tree_method(case: Case, shape: Shape, backend: str):
     return build
 
 
+COPIED = "FA4 varlen, keys copied before"
+
+
 def flex_method(case: Case, shape: Shape, kind: str):
     """FlexAttention by itself: ``eager`` as it comes, or compiled with ``BACKEND="FLASH"``."""
 
     def build():
         if kind == "eager" and len(case.row) > 4096:
             raise Skip("uncompiled it writes all scores out: left out above 4,096 tokens")
-        if kind == "FLASH" and (not CUDA or isinstance(fa4.library(), str) or case.sinks):
-            raise Skip("wants flash-attn-4 and no sinks")
+        if kind == "FLASH" and (not CUDA or isinstance(fa4.library(), str)):
+            raise Skip("wants a GPU and flash-attn-4")
         q, k, v, grad = (x[None].transpose(1, 2) for x in shape.draw(len(case.row)))
         q, k, v = leaves(q, k, v) if CUDA else (q, k, v)
         mask = block_mask(case.row, case.rule)
@@ -291,6 +298,22 @@ def flex_method(case: Case, shape: Shape, kind: str):
             [q, k, v] if CUDA else [],  # on a CPU it has no backward pass
             grad,
         )
+
+    return build
+
+
+def copied_method(case: Case, shape: Shape):
+    """FlashAttention-4 with its own window and sinks, path by path over keys that lie copied: a kernel's own cost."""
+
+    def build():
+        if not CUDA or isinstance(reason := fa4.library(), str):
+            raise Skip("wants a GPU" if not CUDA else reason)
+        row = case.row
+        plan = plan_paths(row, case.rule.window)
+        q, k, v, grad = shape.draw(len(row))
+        q, k, v = leaves(q, *copy_to_paths(k, v, plan))
+        scores = Scores(shape.size**-0.5, sinks=sink_logits(case, shape))
+        return lambda: by_fa4(q, k, v, plan, case.rule.window, scores), [q, k, v], grad
 
     return build
 
@@ -308,8 +331,11 @@ def compiled_flash():
 
 def shared_methods(case: Case, shape: Shape) -> Iterator[tuple[str, Callable]]:
     """Methods on the shared row."""
-    yield "FlexAttention eager", flex_method(case, shape, "eager")
-    yield "FlexAttention FLASH", flex_method(case, shape, "FLASH")
+    if not case.sinks and case.rule.causal:
+        yield "FlexAttention eager", flex_method(case, shape, "eager")
+        yield "FlexAttention FLASH", flex_method(case, shape, "FLASH")
+    else:
+        yield COPIED, copied_method(case, shape)
     for backend in ("flex", "flash", "varlen"):
         yield f"preftree {backend}", tree_method(case, shape, backend)
     yield "preftree auto", tree_method(case, shape, "auto")
@@ -428,6 +454,10 @@ def compare(case: Case, shape: Shape, repeats: int) -> list[dict[str, object]]:
             row["speedup_over_best_dense"] = round(best / row["both_ms"], 3)
         print(describe(row), flush=True)
     auto = rows[-1]
+    own = next((row["both_ms"] for row in rows if row["method"] == COPIED and "both_ms" in row), None)
+    if own is not None and "both_ms" in auto:
+        auto["over_a_kernels_own_cost"] = round(auto["both_ms"] / own, 3)
+        print(f"  {auto['both_ms'] / own:.3f} of what FA4 itself takes for the work that is left")
     if best is not None and "both_ms" in auto and saved > 1:
         gained = (best - auto["both_ms"]) / (best * (1 - 1 / saved))
         auto["share_of_saved_work_gained"] = round(gained, 3)
@@ -457,7 +487,11 @@ def describe(row: dict[str, object]) -> str:
 
 
 def errors(shape: Shape, small: int) -> list[dict[str, object]]:
-    """Distance from float64, each backend and FA4 on unshared sequences: ``|x - exact| / |exact|``."""
+    """Distance from float64, each backend and FA4 on unshared sequences: ``|x - exact| / |exact|``.
+
+    The gradient of a shared token is a sum over sequences. FA4 rounds each term; here they are added once in float64, which
+    leaves nothing but the terms' own errors, and once by autograd in the tensors' type, as a model's backward pass does.
+    """
     shape = Shape(4, 1, shape.size, shape.dtype)
     case = pairs_of(2, 1024 // small + 5, 256 // small, 300 // small)
     row, scale = case.row, shape.size**-0.5
@@ -468,9 +502,9 @@ def errors(shape: Shape, small: int) -> list[dict[str, object]]:
         out = BACKENDS[backend].bind(row, CAUSAL)(q, k, v, Scores(scale))
         return [x.double() for x in (out, *torch.autograd.grad(out, (q, k, v), low[3][None].transpose(1, 2).to(dtype)))]
 
-    def unshared():
+    def unshared(sums_in):
         kernel = fa4.kernels().flash_attn_func
-        out, sums = torch.zeros_like(low[0]), [torch.zeros_like(x, dtype=torch.float64) for x in low[:3]]
+        out, sums = torch.zeros_like(low[0]), [torch.zeros_like(x, dtype=sums_in) for x in low[:3]]
         done = torch.zeros(len(row), dtype=torch.bool, device=DEVICE)
         for last in row.last_nodes.tolist():
             path = [last]
@@ -482,7 +516,7 @@ def errors(shape: Shape, small: int) -> list[dict[str, object]]:
             # The gradient of a shared token's output belongs to the first sequence that has it.
             gradient = torch.where(done[nodes, None, None], 0, low[3][nodes])[None]
             for total, grad in zip(sums, torch.autograd.grad(here, (q, k, v), gradient), strict=True):
-                total.index_add_(0, nodes, grad[0].double())
+                total.index_add_(0, nodes, grad[0].to(sums_in))
             out[nodes] = here[0].detach()
             done[nodes] = True
         return [x.double()[None].transpose(1, 2) for x in (out, *sums)]
@@ -493,7 +527,8 @@ def errors(shape: Shape, small: int) -> list[dict[str, object]]:
     q, k, v = (x[None].transpose(1, 2) for x in low[:3])
     layer = Layer.of(q, k, v, CAUSAL, Scores(scale))
     if not isinstance(fa4.library(), str) and CUDA:
-        methods.append(("FA4, unshared", unshared))
+        methods.append(("FA4, unshared", lambda: unshared(torch.float64)))
+        methods.append((f"FA4, sums in {shape.dtype}".replace("torch.", ""), lambda: unshared(shape.dtype)))
     for backend in ("flex", "flash", "varlen"):
         if BACKENDS[backend].refusal(layer) is None:
             methods.append((f"preftree {backend}", lambda backend=backend: on_row(backend, shape.dtype)))
@@ -501,12 +536,12 @@ def errors(shape: Shape, small: int) -> list[dict[str, object]]:
     for name, run in methods:
         distances = [float((x - y).detach().norm() / y.detach().norm()) for x, y in zip(run(), exact, strict=True)]
         results.append({"method": name, **dict(zip(("out", "dq", "dk", "dv"), distances, strict=True))})
-        print(f"  {name:<22}" + "".join(f"  {key} {value:.3e}" for key, value in list(results[-1].items())[1:]))
+        print(f"  {name:<26}" + "".join(f"  {key} {value:.3e}" for key, value in list(results[-1].items())[1:]))
     base = next((r for r in results if r["method"] == "FA4, unshared"), None)
     for result in results:
         if base is not None:
             result["largest_ratio_to_fa4"] = round(max(result[x] / base[x] for x in ("out", "dq", "dk", "dv")), 3)
-            print(f"  {result['method']:<22}  at most {result['largest_ratio_to_fa4']}x FA4's")
+            print(f"  {result['method']:<26}  at most {result['largest_ratio_to_fa4']}x FA4's")
     return results
 
 
@@ -522,8 +557,8 @@ def preparation(small: int, repeats: int) -> list[dict[str, object]]:
         for kind, rule in (("causal", CAUSAL), ("window 512", sliding_window(512 // small))):
 
             def lists(row=row, rule=rule):
-                some, everything = visible_blocks(row, rule, 128)
-                return block_lists(some, everything), block_lists(some.T, everything.T)
+                row.derived.clear()
+                return key_lists(row, rule, 128, 128), query_lists(row, rule, 128, 128)
 
             def tables(row=row, rule=rule, sizes=sizes):
                 row.derived.clear()
@@ -575,6 +610,7 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
     except ImportError:
         print("no picture: matplotlib is not installed")
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(row["case"] for row in rows))
     methods = [
         m for m in dict.fromkeys(r["method"] for r in rows) if any("both_ms" in r for r in rows if r["method"] == m)
@@ -597,7 +633,7 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    suites = ("cases", "windows", "lengths", "errors", "preparation")
+    suites = ("cases", "errors", "preparation", "windows", "lengths")
     parser.add_argument("--suites", nargs="+", choices=suites, default=list(suites))
     parser.add_argument("--heads", type=int, default=32 if CUDA else 4)
     parser.add_argument("--groups", type=int, default=8 if CUDA else 2)
@@ -611,16 +647,17 @@ def main() -> None:
     shape = Shape(options.heads, options.groups, options.size, getattr(torch, options.dtype))
     print(f"{versions()}{library_versions()}; {shape.heads} heads, {shape.groups} key-value heads, size {shape.size}")
     machine = torch.cuda.get_device_name().split()[1].lower() if CUDA else "cpu"
-    for suite, made in (("cases", cases), ("windows", window_cases), ("lengths", length_cases)):
-        if suite in options.suites:
-            chosen_cases = [case for case in made(small) if options.only in case.name]
+    made = {"cases": cases, "windows": window_cases, "lengths": length_cases}
+    for suite in dict.fromkeys(options.suites):
+        if suite == "errors":
+            rows = errors(shape, small)
+        elif suite == "preparation":
+            rows = preparation(small, options.repeats)
+        else:
+            chosen_cases = [case for case in made[suite](small) if options.only in case.name]
             rows = [row for case in chosen_cases for row in compare(case, shape, options.repeats)]
-            write(rows, options.out / f"attention_{suite}_{machine}.csv")
             draw(rows, options.out / f"attention_{suite}_{machine}.png", f"attention, {suite}")
-    if "errors" in options.suites:
-        write(errors(shape, small), options.out / f"attention_errors_{machine}.csv")
-    if "preparation" in options.suites:
-        write(preparation(small, options.repeats), options.out / f"attention_preparation_{machine}.csv")
+        write(rows, options.out / f"attention_{suite}_{machine}.csv")
 
 
 if __name__ == "__main__":

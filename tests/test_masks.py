@@ -8,7 +8,8 @@ from oracle import random_row, seen_by_walking_up
 
 import preftree
 from preftree.attention import mask as mask_module
-from preftree.attention.mask import CAUSAL, Rule, block_lists, chunks, sliding_window, visible_blocks, visible_nodes
+from preftree.attention.blocks import block_lists
+from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window, visible_blocks, visible_nodes
 from preftree.packing import empty_row
 
 # name: (the rule, the same in plain Python)

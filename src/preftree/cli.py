@@ -304,15 +304,19 @@ def _plan(command: str, argv: Sequence[str]) -> int:
     layout = DPOTrainer.layout(args)
     trees = [layout.group(example).tree() for example in dataset]
     result = plan.make_plan(trees, args.per_device_train_batch_size, row_length, plan.ModelCost.from_config(config))
-    for name, value in plan.describe(result):
+    size = args.per_device_train_batch_size
+    batches = (trees[first : first + size] for first in range(0, min(len(trees), 32 * size), size))
+    rows = [row for batch in batches for row in pack(batch, result.row_length)][:32]
+    choices = plan.attention_choices(config, rows, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    lines = [*plan.describe(result), *((kind.replace("_", " "), choice) for kind, choice in choices.items())]
+    for name, value in lines:
         print(f"{name:<28} {value}")
     lengths = {"prompt": result.prompts, "response": result.responses, "pair, shared": result.trees}
     print(lengths_as_text({f"tokens of a {name}": values for name, values in lengths.items()}))
     if script.draw:
         print(f"lengths drawn to {draw_lengths(lengths, script.draw)}")
-        row = pack(trees[: args.per_device_train_batch_size], result.row_length)[0]
         mask = Path(script.draw).with_stem(Path(script.draw).stem + "-row")
-        print(f"first row drawn to {row.draw(mask, max_size=512)}")
+        print(f"first row drawn to {rows[0].draw(mask, max_size=512)}")
     return 0
 
 

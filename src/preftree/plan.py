@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from preftree.packing import pack, static_length
+from preftree.attention import BACKENDS, Layer, choose_backend, cost
+from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
+from preftree.packing import PackedRow, pack, static_length
 from preftree.tree import TokenTree
 
 
@@ -133,6 +135,62 @@ def make_plan(
         responses=[length - prompt for length, prompt in zip(lengths, prompts, strict=True)],
         trees=[len(tree) for tree in trees],
     )
+
+
+def attention_layers(config: PreTrainedConfig, device: torch.device) -> dict[str, Layer]:
+    """The kinds of attention layers that a model's config describes, in bfloat16 on ``device``.
+
+    A config says nothing of what only the model's code knows (caps, sinks, biases): in training each layer is asked.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    nope, rope = (getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
+    size = nope + rope if nope and rope else getattr(text, "head_dim", None) or text.hidden_size // heads
+    value_size = getattr(text, "v_head_dim", None) or size
+    groups = heads if nope and rope else getattr(text, "num_key_value_heads", None) or heads
+    window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
+    rules: dict[str, Rule] = {"full_attention": CAUSAL}
+    if window:
+        rules["sliding_attention"] = sliding_window(window)
+    if chunk:
+        rules["chunked_attention"] = chunks(chunk)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        windowed = window and getattr(text, "use_sliding_window", True)
+        kinds = ["sliding_attention" if windowed else "full_attention"]
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return {
+        kind: Layer(device.type, capability, torch.bfloat16, heads, groups, size, value_size, rules[kind])
+        for kind in dict.fromkeys(kinds)
+        if kind in rules
+    }
+
+
+def attention_choices(config: PreTrainedConfig, rows: Sequence[PackedRow], device: torch.device) -> dict[str, str]:
+    """What "auto" chooses for a model's layers on rows, and what the cost model expects of each backend.
+
+    Where ``device`` is no GPU, the cost model says what an H100 with flash-attn-4 would be given; it needs none to say so.
+
+    Returns:
+        A text for each kind of layer.
+    """
+    texts = {}
+    for kind, layer in attention_layers(config, device).items():
+        chosen = [choose_backend("auto", layer, row) for row in rows]
+        text = ", ".join(f"{name} in {chosen.count(name) / len(rows):.0%} of rows" for name in dict.fromkeys(chosen))
+        elsewhere = "" if layer.device == "cuda" else " on an H100"
+        gpu = replace(layer, device="cuda", capability=layer.capability or (9, 0))
+        work = [cost.Work.of(row, layer.rule.window) for row in rows]
+        means = {}
+        for name in BACKENDS:
+            estimates = [estimate for w in work if (estimate := cost.estimate(name, gpu, w)) is not None]
+            if estimates:
+                means[name] = sum(estimates) / len(estimates)
+        if means:
+            listed = ", ".join(f"{name} {time:.2f}" for name, time in sorted(means.items(), key=lambda item: item[1]))
+            text += f"; expected ms a row and layer{elsewhere}: {listed}"
+        texts[kind] = text
+    return texts
 
 
 def _visible_pairs(tree: TokenTree) -> int:

@@ -5,8 +5,9 @@ import torch
 
 import preftree
 from preftree.attention import BACKENDS, Layer, Scores, TreeAttention, choose_backend, varlen_kernels
+from preftree.attention.blocks import key_lists, nodes_of, query_lists
 from preftree.attention.copying import copy_to_paths
-from preftree.attention.mask import CAUSAL, Rule, block_lists, chunks, sliding_window, visible_blocks
+from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
 from preftree.attention.paths import plan_paths
 
 pytestmark = [
@@ -53,6 +54,8 @@ SHAPES = {
     "256": (4, 1, 256, 256),
     "mla": (4, 4, 192, 128),
     "three-groups": (6, 2, 64, 64),
+    "24-heads": (24, 8, 128, 128),
+    "5-heads": (5, 5, 96, 96),
     "small-values": (4, 4, 64, 32),
 }
 CASES = [
@@ -202,8 +205,7 @@ def test_preparation_does_not_wait_for_the_device(window):
     row.derived.clear()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        some, everything = visible_blocks(row, rule, 128)
-        lists = block_lists(some, everything)
+        key_lists(row, rule, 128, 128)
         plan = plan_paths(row, window)
         for backend in ("flash", "varlen"):
             if BACKENDS[backend].refusal(Layer.of(q, q, q, rule, Scores(1.0))) is None:
@@ -211,6 +213,17 @@ def test_preparation_does_not_wait_for_the_device(window):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     here = row.to("cpu")
-    for on_gpu, on_cpu in zip(lists, block_lists(*visible_blocks(here, rule, 128)), strict=True):
-        assert torch.equal(on_gpu.cpu(), on_cpu)
     assert torch.equal(plan.copies.cpu(), plan_paths(here, window).copies)
+
+
+@pytest.mark.parametrize("rule", ["causal", "window", "chunk"])
+@pytest.mark.parametrize("blocks", [(128, 128), (64, 128), (128, 112), (64, 96), (128, 64), (16, 12)], ids=str)
+@pytest.mark.parametrize("length", [130, 1111, 3000])
+def test_lists_of_blocks_are_those_made_in_torch(length, blocks, rule):
+    """The kernels' lists on the GPU against those that torch makes on the host, which are tested entry by entry."""
+    row = long_row(length, seed=length)
+    here = row.to("cpu")
+    assert torch.equal(nodes_of(row, RULES[rule])[:, :length].cpu(), nodes_of(here, RULES[rule])[:, :length])
+    for lists in (key_lists, query_lists):
+        for on_gpu, on_host in zip(lists(row, RULES[rule], *blocks), lists(here, RULES[rule], *blocks), strict=True):
+            assert torch.equal(on_gpu.cpu(), on_host), lists.__name__

@@ -64,6 +64,7 @@ def choose_backend(name: str, layer: Layer, row: PackedRow) -> str:
         return name
     if layer.device != "cuda":
         return "varlen"
+    # In a tie the first is taken: paths' gradients of keys are rounded once more, FlexAttention compiles for each length.
     able = [backend for backend in ("flash", "varlen", "flex") if BACKENDS[backend].refusal(layer) is None]
     if able == ["varlen"]:
         _warn_of_fallback(layer)

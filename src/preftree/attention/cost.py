@@ -24,22 +24,25 @@ _HEADS = 32
 FACTORS: dict[int, dict[int, dict[str, tuple[float, ...]]]] = {
     9: {
         64: {
-            "flash": (0.1063, 0.02322, 0.8655, 1.184),
-            "varlen": (0.02711, 0.03283, 0.7573, 0.01183, 3.544),
-            "flex": (0.2939, 0.0, 1.794, 2.676),
+            "flash": (0.05964, 0.02666, 0.8303, 1.189),
+            "varlen": (0.05892, 0.009485, 0.7933, 0.0153, 3.913),
+            "flex": (0.2981, 0.0, 1.782, 2.654),
         },
         128: {
-            "flash": (0.07001, 0.05, 1.356, 2.05),
-            "varlen": (0.04515, 0.04697, 1.261, 0.02241, 4.54),
-            "flex": (0.4568, 0.0, 2.469, 3.463),
+            "flash": (0.1064, 0.05166, 1.301, 1.341),
+            "varlen": (0.03198, 0.02798, 1.251, 0.02206, 4.503),
+            "flex": (0.4497, 0.0, 2.455, 3.481),
         },
         256: {
-            "flash": (0.376, 0.1075, 4.496, 3.902),
-            "varlen": (0.0, 0.08044, 4.454, 0.04594, 5.513),
-            "flex": (0.9523, 0.002839, 12.19, 15.73),
+            "flash": (0.1457, 0.08754, 4.787, 3.562),
+            "varlen": (0.0, 0.04115, 4.427, 0.04563, 5.471),
+            "flex": (0.9592, 0.00165, 12.22, 15.84),
         },
     }
 }
+
+# The first of several backends is taken unless another one promises to be faster by more than this.
+_TIE = 0.03
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,11 @@ def estimate(backend: str, layer: Layer, work: Work) -> float | None:
 
 
 def fastest(able: Sequence[str], layer: Layer, row: PackedRow) -> str:
-    """The backend in ``able`` with the lowest estimate; the first one where nothing has been measured."""
+    """The backend in ``able`` with the lowest estimate; the first one in a tie, or where nothing has been measured."""
     if len(able) == 1:
         return able[0]
     work = Work.of(row, layer.rule.window)
     estimates = {backend: estimate(backend, layer, work) for backend in able}
     known = {backend: time for backend, time in estimates.items() if time is not None}
-    return min(known, key=known.__getitem__) if known else able[0]
+    lowest = min(known.values(), default=0.0)
+    return next((backend for backend, time in known.items() if time <= lowest * (1 + _TIE)), able[0])

@@ -6,16 +6,16 @@ kernel, take the rule in a cheaper form (`flash_mask`), and leave out what FlexA
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from preftree.attention import fa4
+from preftree.attention.blocks import BlockLists, key_lists, nodes_of, query_lists
 from preftree.attention.layer import Layer
-from preftree.attention.mask import BlockLists, Rule, block_lists, visible_blocks
+from preftree.attention.mask import Rule
 from preftree.attention.scores import Scores
 from preftree.packing import PackedRow
-
-# The kernels' last tiles reach so far behind the row's end at most.
-_TILE = 128
 
 
 def refusal(layer: Layer) -> str | None:
@@ -30,29 +30,24 @@ def refusal(layer: Layer) -> str | None:
 
 def block_sizes(size: int, value_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Query and key tokens of a block, in the forward and in the backward pass: what the kernels' tiles go with."""
-    if size <= 128:
+    if size <= 64:
         return (128, 128), (128, 128)
+    if size <= 128:
+        return (128, 128), (64, 128)
     if size <= 192:
-        return (128, 128 if value_size <= 128 else 112), (128, 96)
-    return (128, 64), (128, 64)
+        return (128, 128 if value_size <= 128 else 112), (64, 96)
+    return (128, 64), (64, 64)
 
 
 def _tables(row: PackedRow, rule: Rule, sizes: tuple[tuple[int, int], tuple[int, int]]) -> list[torch.Tensor]:
     """What the kernels need to know of the row.
 
-    `end`, positions and lowest positions ``[3, S + ...]``; the `BlockLists` of query blocks, for the forward pass, and of
-    key blocks, for the backward pass.
+    `blocks.nodes_of`; the `BlockLists` of query blocks, for the forward pass, and of key blocks, for the backward pass.
     """
     key = ("flash", rule.key, sizes)
     if key not in row.derived:
-        (query_block, key_block), (query_block_bwd, key_block_bwd) = sizes
-        nodes = torch.stack((row.end, row.position_ids, rule.lowest(row.position_ids)))
-        nodes = torch.nn.functional.pad(nodes, (0, _TILE + -len(row) % _TILE)).to(torch.int32)
-        some, everything = visible_blocks(row, rule, query_block, key_block)
-        forward = block_lists(some, everything)
-        if sizes[0] != sizes[1]:
-            some, everything = visible_blocks(row, rule, query_block_bwd, key_block_bwd)
-        row.derived[key] = [nodes, *forward, *block_lists(some.T, everything.T)]
+        nodes, (forward, backward) = nodes_of(row, rule), sizes
+        row.derived[key] = [nodes, *key_lists(row, rule, *forward), *query_lists(row, rule, *backward)]
     return row.derived[key]
 
 
@@ -90,6 +85,15 @@ def _mask(nodes: torch.Tensor, lists: list[torch.Tensor], sizes: list[int], from
         "aux_scalars": (end, positions, lowest) if from_lowest else (end,),
         "block_sparse_tensors": BlockSparseTensorsTorch(*BlockLists(*lists), block_size=(sizes[0], sizes[1])),
     }
+
+
+def _order() -> AbstractContextManager[None]:
+    """`flash_order`, or the library's own order in a release whose scheduler is not the one that it knows."""
+    try:
+        from preftree.attention.flash_order import heads_together
+    except ImportError:
+        return nullcontext()
+    return heads_together()
 
 
 @torch.library.custom_op("preftree::flash_forward", mutates_args=())
@@ -142,18 +146,19 @@ def _backward(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys, values and sinks (empty without sinks)."""
-    dq_BSHD, dk_BSGD, dv_BSGE, *dsinks = fa4.kernels()._flash_attn_bwd(
-        q_BHSD.transpose(1, 2),
-        k_BGSD.transpose(1, 2),
-        v_BGSE.transpose(1, 2),
-        out_BHSE.transpose(1, 2),
-        grad_BHSE.transpose(1, 2),
-        lse_BHS,
-        softmax_scale=scale,
-        learnable_sink=sinks,
-        **fa4.capping(softcap, backward=True),
-        **_mask(tables[0], tables[5:], sizes[2:], from_lowest),
-    )
+    with _order():
+        dq_BSHD, dk_BSGD, dv_BSGE, *dsinks = fa4.kernels()._flash_attn_bwd(
+            q_BHSD.transpose(1, 2),
+            k_BGSD.transpose(1, 2),
+            v_BGSE.transpose(1, 2),
+            out_BHSE.transpose(1, 2),
+            grad_BHSE.transpose(1, 2),
+            lse_BHS,
+            softmax_scale=scale,
+            learnable_sink=sinks,
+            **fa4.capping(softcap, backward=True),
+            **_mask(tables[0], tables[5:], sizes[2:], from_lowest),
+        )
     gradient = dsinks[0] if sinks is not None else q_BHSD.new_empty(0)
     return dq_BSHD.transpose(1, 2), dk_BSGD.transpose(1, 2), dv_BSGE.transpose(1, 2), gradient
 

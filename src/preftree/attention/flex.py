@@ -8,8 +8,9 @@ from importlib.util import find_spec
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from preftree.attention.blocks import key_lists, query_lists
 from preftree.attention.layer import Layer
-from preftree.attention.mask import Rule, block_lists, visible_blocks
+from preftree.attention.mask import Rule
 from preftree.attention.scores import Scores, repeat_heads
 from preftree.packing import PackedRow
 
@@ -39,7 +40,7 @@ def _compiled():
 
 
 def block_mask(row: PackedRow, rule: Rule, block: int = BLOCK) -> BlockMask:
-    """The row's mask in blocks (`visible_blocks`); entries are evaluated only in partial blocks."""
+    """The row's mask in blocks; entries are evaluated only in partial blocks."""
     key = ("flex", rule.key, block)
     if key in row.derived:
         return row.derived[key]
@@ -60,11 +61,10 @@ def block_mask(row: PackedRow, rule: Rule, block: int = BLOCK) -> BlockMask:
             inside = rule.function(batch, head, position_ids[query], position_ids[key])
             return (key <= query) & (query < end[key]) & inside
 
-    some, everything = visible_blocks(row, rule, block)
     mask = BlockMask(
         (len(row), len(row)),
-        *block_lists(some, everything),
-        *block_lists(some.T, everything.T),
+        *key_lists(row, rule, block, block),
+        *query_lists(row, rule, block, block),
         BLOCK_SIZE=(block, block),
         mask_mod=mask_mod,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -152,31 +151,3 @@ def _reached(row: PackedRow, lowest: torch.Tensor, query_block: int, key_block: 
         seen = torch.nn.functional.pad(seen, (0, missing)) if missing else seen
         reached.append(seen.view(len(queries), -1, key_block).any(-1))
     return torch.cat(reached)
-
-
-class BlockLists(NamedTuple):
-    """For each block of one side the blocks of the other that it has to do with, int32 on the row's device.
-
-    Attributes:
-        partial_counts, full_counts: ``[1, 1, N]``, how many of the list's entries count.
-        partial_indices, full_indices: ``[1, 1, N, M]``, in order; partial blocks need the mask, full ones do not.
-    """
-
-    partial_counts: torch.Tensor
-    partial_indices: torch.Tensor
-    full_counts: torch.Tensor
-    full_indices: torch.Tensor
-
-
-def block_lists(some: torch.Tensor, everything: torch.Tensor) -> BlockLists:
-    """Lists for each row of ``[N, M]`` blocks; of their transposes, for each column."""
-    blocks = torch.stack((some & ~everything, everything))
-    width = blocks.shape[-1]
-    rank = blocks.cumsum(-1, dtype=torch.int32)
-    counts = rank[..., -1].contiguous()
-    # Each block that counts goes to its rank, the others to a column behind the list.
-    target = torch.where(blocks, rank - 1, width).long()
-    column = torch.arange(width, dtype=torch.int32, device=blocks.device).expand_as(target)
-    indices = counts.new_zeros((*blocks.shape[:-1], width + 1)).scatter_(-1, target, column)[..., :width]
-    partial, full = indices.contiguous()
-    return BlockLists(counts[0][None, None], partial[None, None], counts[1][None, None], full[None, None])

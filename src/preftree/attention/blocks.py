@@ -1,0 +1,91 @@
+"""Lists of the mask's blocks, as block-sparse kernels read them: made on the row's device, nothing read back to the host.
+
+On a GPU one Triton kernel writes a list (`blocks_triton`); in torch it takes forty small ones, whose launches the host
+would pay for in every row. `mask.visible_blocks` is what both must agree with.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from preftree.attention.mask import Rule, visible_blocks
+from preftree.packing import PackedRow
+
+# A kernel's last tile reaches so far behind the row's end at most.
+LAST_TILE = 128
+
+
+class BlockLists(NamedTuple):
+    """For each block of one side the blocks of the other that it has to do with, int32 on the row's device.
+
+    Attributes:
+        partial_counts, full_counts: ``[1, 1, N]``, how many of the list's entries count.
+        partial_indices, full_indices: ``[1, 1, N, M]``, in order; partial blocks need the mask, full ones do not.
+    """
+
+    partial_counts: torch.Tensor
+    partial_indices: torch.Tensor
+    full_counts: torch.Tensor
+    full_indices: torch.Tensor
+
+
+def block_lists(some: torch.Tensor, everything: torch.Tensor) -> BlockLists:
+    """Lists for each row of ``[N, M]`` blocks; of their transposes, for each column."""
+    blocks = torch.stack((some & ~everything, everything))
+    width = blocks.shape[-1]
+    rank = blocks.cumsum(-1, dtype=torch.int32)
+    counts = rank[..., -1].contiguous()
+    # Each block that counts goes to its rank, the others to a column behind the list.
+    target = torch.where(blocks, rank - 1, width).long()
+    column = torch.arange(width, dtype=torch.int32, device=blocks.device).expand_as(target)
+    indices = counts.new_zeros((*blocks.shape[:-1], width + 1)).scatter_(-1, target, column)[..., :width]
+    partial, full = indices.contiguous()
+    return BlockLists(counts[0][None, None], partial[None, None], counts[1][None, None], full[None, None])
+
+
+def nodes_of(row: PackedRow, rule: Rule) -> torch.Tensor:
+    """`end`, positions and lowest visible positions of the row's nodes under a `known` rule.
+
+    Returns:
+        Int32 ``[3, S + ...]``, filled up so that kernels may read their last tile whole.
+    """
+    key = ("nodes", rule.key)
+    if key not in row.derived:
+        if (kernels := _triton_kernels(row, rule)) is not None:
+            row.derived[key] = kernels.nodes_of(row, rule, LAST_TILE)
+        else:
+            nodes = torch.stack((row.end, row.position_ids, rule.lowest(row.position_ids))).to(torch.int32)
+            row.derived[key] = torch.nn.functional.pad(nodes, (0, LAST_TILE + -len(row) % LAST_TILE))
+    return row.derived[key]
+
+
+def key_lists(row: PackedRow, rule: Rule, query_block: int, key_block: int) -> BlockLists:
+    """For each block of queries its blocks of keys: what a forward pass goes through."""
+    if (kernels := _triton_kernels(row, rule)) is not None:
+        return BlockLists(*kernels.key_lists(nodes_of(row, rule), len(row), not rule.causal, query_block, key_block))
+    return block_lists(*visible_blocks(row, rule, query_block, key_block))
+
+
+def query_lists(row: PackedRow, rule: Rule, query_block: int, key_block: int) -> BlockLists:
+    """For each block of keys its blocks of queries: what a backward pass goes through."""
+    if (kernels := _triton_kernels(row, rule)) is not None:
+        return BlockLists(*kernels.query_lists(nodes_of(row, rule), len(row), not rule.causal, query_block, key_block))
+    some, everything = visible_blocks(row, rule, query_block, key_block)
+    return block_lists(some.T, everything.T)
+
+
+def _triton_kernels(row: PackedRow, rule: Rule) -> Any:
+    """The Triton kernels where they can serve, or None."""
+    return _kernels() if row.device.type == "cuda" and rule.known else None
+
+
+@cache
+def _kernels() -> Any:
+    try:
+        from preftree.attention import blocks_triton
+    except ImportError:
+        return None
+    return blocks_triton
