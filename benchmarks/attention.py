@@ -20,6 +20,7 @@ import argparse
 import csv
 import gc
 import statistics
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -620,8 +621,9 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
     for index, method in enumerate(methods):
         found = {r["case"]: r["both_tflops"] for r in rows if r["method"] == method and "both_tflops" in r}
         places = [i + width * (index - len(methods) / 2) for i, name in enumerate(names) if name in found]
-        axes.bar(places, [found[name] for name in names if name in found], width, label=method)
-    axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names], fontsize=7)
+        color = plt.get_cmap("tab20").colors[index]
+        axes.bar(places, [found[name] for name in names if name in found], width, label=method, color=color)
+    axes.set_xticks(range(len(names)), [textwrap.fill(name, 22) for name in names], fontsize=7)
     axes.set_ylabel("TFLOP/s of the shared row's work, forward + backward")
     axes.set_title(f"{title}\n{versions()}", fontsize=8)
     axes.legend(fontsize=7)

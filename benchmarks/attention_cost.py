@@ -10,6 +10,7 @@ of rows that the fit has not seen tells how far the backend that the model choos
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from itertools import combinations
 
 import attention as bench
@@ -18,7 +19,7 @@ import torch
 
 from preftree.attention import BACKENDS, Layer, cost
 from preftree.attention.cost import Work
-from preftree.attention.mask import CAUSAL
+from preftree.attention.mask import CAUSAL, sliding_window
 from preftree.packing import static_length
 from preftree.report import versions
 
@@ -64,9 +65,18 @@ def held_out_rows() -> list[bench.Case]:
     ]
 
 
+def windowed(cases: list[bench.Case], windows: tuple[int, ...]) -> list[bench.Case]:
+    """The same trees under sliding windows."""
+    return [
+        bench.Case(f"{case.name} window {window}", case.trees, sliding_window(window))
+        for case in cases
+        for window in windows
+    ]
+
+
 def static(case: bench.Case) -> bench.Case:
     """The same trees in a row of one of a few lengths: FlexAttention compiles for each."""
-    return bench.Case(case.name, case.trees, row_length=static_length(case.row.num_tokens, 4096))
+    return bench.Case(case.name, case.trees, case.rule, row_length=static_length(case.row.num_tokens, 4096))
 
 
 def milliseconds(case: bench.Case, shape: bench.Shape, backend: str, repeats: int) -> float:
@@ -102,26 +112,41 @@ def main() -> None:
         shape = bench.Shape(32, 8, size, torch.bfloat16)
         layer = Layer("cuda", capability, torch.bfloat16, 32, 8, size, size, CAUSAL)
         able = [name for name in NAMES if BACKENDS[name].refusal(layer) is None]
-        rows, unseen = ([static(case) for case in made()] for made in (fitting_rows, held_out_rows))
+        rows, unseen = fitting_rows(), held_out_rows()
         fitted[size] = {}
-        for name in able:
-            times = np.array([milliseconds(case, shape, name, options.repeats) for case in rows])
-            features = np.array([Work.of(case.row).features(name) for case in rows])
-            factors = non_negative(features, times)
-            fitted[size][name] = tuple(float(f"{factor:.4g}") for factor in factors)
-            worst = np.abs(features @ factors / times - 1).max()
-            print(f"  {size} {name}: {fitted[size][name]}, within {worst:.1%} on {len(rows)} rows", flush=True)
         cost.FACTORS[capability[0]] = fitted
-        for case in unseen:
-            measured = {name: milliseconds(case, shape, name, options.repeats) for name in able}
-            chosen = cost.fastest(able, layer, case.row)
-            behind = measured[chosen] / min(measured.values()) - 1
-            listed = ", ".join(
-                f"{name} {time:.3f} ms (expected {cost.estimate(name, layer, Work.of(case.row)) or 0:.3f})"
-                for name, time in measured.items()
-            )
-            print(f"  {size} {case.name}: chose {chosen}, {behind:.1%} behind the best: {listed}", flush=True)
+        kinds = [("", able, rows, unseen)]
+        # FlexAttention's time under a window stays above the others': it would only have to be compiled again.
+        narrow = [name for name in able if name != "flex"]
+        kinds.append((" window", narrow, windowed(rows[:6] + rows[-1:], (256, 1500)), windowed(unseen[::2], (512,))))
+        for kind, names, seen, new in kinds:
+            cases = [static(case) for case in seen]
+            for name in names:
+                times = np.array([milliseconds(case, shape, name, options.repeats) for case in cases])
+                features = np.array([Work.of(case.row, case.rule.window).features(name) for case in cases])
+                factors = non_negative(features, times)
+                fitted[size][name + kind] = tuple(float(f"{factor:.4g}") for factor in factors)
+                worst = np.abs(features @ factors / times - 1).max()
+                print(
+                    f"  {size} {name}{kind}: {fitted[size][name + kind]}, within {worst:.1%} on {len(cases)} rows",
+                    flush=True,
+                )
+            for case in map(static, new):
+                report(case, shape, replace(layer, rule=case.rule), names, options.repeats)
     print(f"FACTORS = {{{capability[0]}: {fitted}}}")
+
+
+def report(case: bench.Case, shape: bench.Shape, layer: Layer, names: list[str], repeats: int) -> None:
+    """How far the backend that the model chooses for a row is behind the best one."""
+    measured = {name: milliseconds(case, shape, name, repeats) for name in names}
+    chosen = cost.fastest(names, layer, case.row)
+    behind = measured[chosen] / min(measured.values()) - 1
+    work = Work.of(case.row, case.rule.window)
+    listed = ", ".join(
+        f"{name} {time:.3f} ms (expected {cost.estimate(name, layer, work) or 0:.3f})"
+        for name, time in measured.items()
+    )
+    print(f"  {layer.size} {case.name}: chose {chosen}, {behind:.1%} behind the best: {listed}", flush=True)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def test_a_row_of_padding_costs_its_own_tiles():
 
 def test_estimates_are_those_of_the_nearest_head_size_and_grow_with_the_heads():
     work = Work.of(random_row(1, stretch=9))
-    for backend, factors in FACTORS[9][128].items():
+    for backend in ("flash", "varlen", "flex"):
+        factors = FACTORS[9][128][backend]
         expected = sum(f * x for f, x in zip(factors, work.features(backend), strict=True))
         assert cost.estimate(backend, H100, work) == pytest.approx(expected)
         assert cost.estimate(backend, replace(H100, size=112), work) == pytest.approx(expected)
@@ -74,6 +75,16 @@ def test_estimates_are_those_of_the_nearest_head_size_and_grow_with_the_heads():
     assert cost.estimate("dense", H100, work) is None
     assert cost.estimate("flash", replace(H100, capability=(8, 0)), work) is None
     assert cost.estimate("flash", replace(H100, device="cpu", capability=None), work) is None
+
+
+def test_a_window_has_factors_of_its_own_where_they_were_fitted(monkeypatch):
+    work = Work.of(random_row(1, stretch=9), 20)
+    layer = replace(H100, rule=sliding_window(20))
+    monkeypatch.setitem(
+        FACTORS, 9, {128: {"flash": (1.0, 0, 0, 0), "flash window": (2.0, 0, 0, 0), "flex": (3.0, 0, 0, 0)}}
+    )
+    assert [cost.estimate(name, layer, work) for name in ("flash", "flex")] == [2.0, 3.0]
+    assert cost.estimate("flash", H100, work) == 1.0
 
 
 def test_fastest_is_the_lowest_estimate_and_the_first_in_a_tie(monkeypatch):
@@ -106,7 +117,7 @@ def test_long_rows_take_flash_and_the_estimates_are_plausible():
     short, long = (preftree.pack([preftree.TokenTree.from_sequences(p, [len(p[0]) // 2] * 2)])[0] for p in pairs)
     for size in FACTORS[9]:
         layer = replace(H100, size=size, value_size=size)
-        for backend in FACTORS[9][size]:
+        for backend in ("flash", "varlen", "flex"):
             assert cost.estimate(backend, layer, Work.of(long)) > cost.estimate(backend, layer, Work.of(short))
         assert cost.fastest(["flash", "flex"], layer, long) == "flash"
 
@@ -114,5 +125,5 @@ def test_long_rows_take_flash_and_the_estimates_are_plausible():
 def test_windows_are_cheaper():
     row = random_row(2, stretch=30)
     narrow, wide = (Work.of(row, sliding_window(w).window) for w in (10, 1000))
-    for backend in FACTORS[9][128]:
+    for backend in ("flash", "varlen", "flex"):
         assert cost.estimate(backend, H100, narrow) < cost.estimate(backend, H100, wide)

@@ -114,23 +114,22 @@ def test_plan_against_brute_force(seed, stretch, window):
     tables = (plan.query_starts, plan.key_starts, plan.copies, plan.sources, plan.origins)
     assert all(table.dtype == torch.int32 for table in tables)
 
-    for copies in (plan.copies.tolist(), plan.pieces):
-        written = [(to + i, start + i) for start, to, length in copies for i in range(length)]
-        assert sorted(written) == list(enumerate(key_list))
-    assert all(1 <= length <= TILE for _, _, length in plan.copies.tolist())
+    copies = plan.copies.tolist()
+    written = [(to + i, start + i) for start, to, length in copies for i in range(length)]
+    assert sorted(written) == list(enumerate(key_list))
+    assert all(1 <= length <= TILE for _, _, length in copies)
 
     places = {}
     for place, node in enumerate(key_list):
         places.setdefault(node, []).append(place)
     origins = plan.origins.tolist()
-    by_tiles = [(node, length, origins[first:last]) for node, length, first, last in plan.sources.tolist()]
-    for sources in (by_tiles, plan.parts):
-        nodes = [node + i for node, length, _ in sources for i in range(length)]
-        assert nodes == list(range(row.num_tokens))
-        for node, length, offsets in sources:
-            for i in range(node, node + length):
-                assert sorted(i + offset for offset in offsets) == places[i]
-    assert all(1 <= length <= TILE for _, length, _ in by_tiles)
+    sources = [(node, length, origins[first:last]) for node, length, first, last in plan.sources.tolist()]
+    nodes = [node + i for node, length, _ in sources for i in range(length)]
+    assert nodes == list(range(row.num_tokens))
+    for node, length, offsets in sources:
+        for i in range(node, node + length):
+            assert sorted(i + offset for offset in offsets) == places[i]
+    assert all(1 <= length <= TILE for _, length, _ in sources)
 
 
 def test_plan_of_padding():

@@ -19,7 +19,13 @@ pytestmark = [
 
 # A rule known by its function alone.
 OTHER = Rule(lambda b, h, q, k: (k <= q) & ((k > q - 50) | (k % 7 == 0)))
-RULES = {"causal": CAUSAL, "window": sliding_window(50), "chunk": chunks(64), "other": OTHER}
+RULES = {
+    "causal": CAUSAL,
+    "window": sliding_window(50),
+    "wide": sliding_window(400),
+    "chunk": chunks(64),
+    "other": OTHER,
+}
 
 
 def long_row(length, seed=0):
@@ -60,7 +66,7 @@ SHAPES = {
 }
 CASES = [
     *[("flash", shape, "causal", "") for shape in SHAPES],
-    ("flash", "128", "window", ""),
+    *[("flash", shape, "window", "") for shape in ("64-mha", "96", "128", "mla")],
     ("flash", "128", "chunk", ""),
     ("flash", "128", "window", "sinks"),
     ("flash", "128", "causal", "softcap"),
@@ -216,8 +222,10 @@ def test_preparation_does_not_wait_for_the_device(window):
     assert torch.equal(plan.copies.cpu(), plan_paths(here, window).copies)
 
 
-@pytest.mark.parametrize("rule", ["causal", "window", "chunk"])
-@pytest.mark.parametrize("blocks", [(128, 128), (64, 128), (128, 112), (64, 96), (128, 64), (16, 12)], ids=str)
+@pytest.mark.parametrize("rule", ["causal", "window", "wide", "chunk"])
+@pytest.mark.parametrize(
+    "blocks", [(128, 128), (64, 128), (128, 112), (64, 96), (192, 128), (128, 80), (24, 12)], ids=str
+)
 @pytest.mark.parametrize("length", [130, 1111, 3000])
 def test_lists_of_blocks_are_those_made_in_torch(length, blocks, rule):
     """The kernels' lists on the GPU against those that torch makes on the host, which are tested entry by entry."""

@@ -2,7 +2,8 @@
 
 The time of a layer's forward and backward pass is taken to be linear in what a backend computes: a fixed part, the row's
 tokens, and 128 x 128 tiles of scores; for `varlen` also the keys that it copies and the number of its blocks. The factors
-are fitted by ``benchmarks/attention_cost.py``, per head size, for 32 query heads; time is proportional to the heads.
+are fitted by ``benchmarks/attention_cost.py``, per head size, for 32 query heads; time is proportional to the heads. Under a
+window tiles cost more: kernels mask at both of its ends.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from preftree.packing import PackedRow
 TILE = 128
 _HEADS = 32
 
-# Milliseconds: {major compute capability: {head size: {backend: factor of each feature, in the order of `features`}}}.
+# Milliseconds: {major compute capability: {head size: {backend: factor of each feature, in the order of `features`}}}; under
+# a window those of "<backend> window", where there are any.
 # H100 80GB HBM3, torch 2.11.0, triton 3.6.0, flash-attn-4 4.0.0b36.
 FACTORS: dict[int, dict[int, dict[str, tuple[float, ...]]]] = {
     9: {
@@ -127,7 +129,9 @@ def estimate(backend: str, layer: Layer, work: Work) -> float | None:
     if layer.capability is None or layer.capability[0] not in FACTORS:
         return None
     sizes = FACTORS[layer.capability[0]]
-    factors = sizes[min(sizes, key=lambda size: abs(size - layer.size))].get(backend)
+    fitted = sizes[min(sizes, key=lambda size: abs(size - layer.size))]
+    windowed = fitted.get(f"{backend} window") if layer.rule.window is not None else None
+    factors = windowed or fitted.get(backend)
     if factors is None:
         return None
     fixed, *scaled = (factor * feature for factor, feature in zip(factors, work.features(backend), strict=True))

@@ -74,7 +74,6 @@ class PathPlan:
         sources: ``[parts, 4]``, ``(node, length, first, last)``: the gradient of ``length`` nodes is the sum of the pieces
             `origins` ``first`` to ``last``.
         origins: ``[...]``, what to add to a node to find its copy.
-        pieces, parts: `copies`, and `sources` with their origins, on the host.
     """
 
     num_tokens: int
@@ -86,8 +85,6 @@ class PathPlan:
     copies: torch.Tensor
     sources: torch.Tensor
     origins: torch.Tensor
-    pieces: tuple[tuple[int, int, int], ...]
-    parts: tuple[tuple[int, int, tuple[int, ...]], ...]
 
 
 # Nodes that one program of the copying kernels handles at most.
@@ -142,8 +139,6 @@ def _plan(row: PackedRow, window: int | None) -> PathPlan:
         copies=sent[2].view(-1, 3),
         sources=sent[3].view(-1, 4),
         origins=sent[4],
-        pieces=tuple(pieces),
-        parts=tuple(parts),
     )
 
 

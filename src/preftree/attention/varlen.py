@@ -30,10 +30,14 @@ def refusal(layer: Layer) -> str | None:
 def bind(row: PackedRow, rule: Rule):
     """Attention path by path; exact on every device, through one kernel where there is one for the layer."""
     one_by_one = None
+    kernels: dict[Layer, varlen_kernels.Kernel | None] = {}
 
     def attend(q_BHSD, k_BGSD, v_BGSE, scores: Scores):
         nonlocal one_by_one
-        kernel = varlen_kernels.choose(Layer.of(q_BHSD, k_BGSD, v_BGSE, rule, scores))
+        layer = Layer.of(q_BHSD, k_BGSD, v_BGSE, rule, scores)
+        if layer not in kernels:
+            kernels[layer] = varlen_kernels.choose(layer)
+        kernel = kernels[layer]
         if kernel is not None and row.num_tokens:
             return _by_kernel(kernel, row, rule, q_BHSD, k_BGSD, v_BGSE, scores)
         if one_by_one is None:
