@@ -1,15 +1,22 @@
-"""A DPO training step by TRL and by preftree, side by side in one run: pairs a second and peak memory.
+"""A DPO training step by TRL and by preftree, side by side in one run: pairs a second, TFLOP/s, peak memory, start-up.
 
-Each side runs in a process of its own, in turn, on the same random pairs: SmolLM2-135M-Instruct, fp32, SGD, separate
-reference, no activation checkpointing. The first step of each process is not counted. "packed" is preftree with sharing
-switched off: what packing and scoring only the responses give without it.
+    python benchmarks/step.py                              # CPU: SmolLM2-135M, fp32. GPU: Qwen3-1.7B's shape, bf16
+    python benchmarks/step.py --suites fixed lengths growth --out benchmarks/results
 
-    python benchmarks/step.py --prompt 500 --response 60 --pairs 2
+Each side runs in a process of its own, in turn, on the same random pairs: random weights on a GPU, SGD, a separate reference
+model, no activation checkpointing. "packed" is preftree with sharing switched off: what packing, compiled layers and scoring
+only the responses give without it. TRL runs as many pairs at once as fit, in several micro-batches if need be. The first
+steps of a case are not counted. "start_s" is a process's time up to the steps that count of its first case, imports and the
+making of weights and batches included; "first_step_s" is that of a case's first step.
+
+TFLOP/s count the products of what a side computes, padding left out: 2 operations a weight and token, 4 (head size) (heads)
+(layers) a visible pair, three times that with a backward pass. MFU is their share of the card's dense bf16 rate.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import resource
 import statistics
@@ -17,111 +24,396 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
 SIDES = ("trl", "packed", "preftree")
-sys.path.insert(0, str(ROOT / "examples"))
+# Dense bf16 TFLOP/s by the vendor.
+PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+# Median tokens of a prompt and of a response (arXiv 2410.20305, reconstructed from its tables), and tokens saved by sharing.
+MEDIANS = {
+    "Capybara": (712, 448, 1.44),
+    "HH-RLHF": (127, 59, 1.51),
+    "MetaMath-DPO": (694, 178, 1.66),
+    "TLDR": (382, 34, 1.84),
+    "Tulu-HelpSteer": (669, 106, 1.76),
+    "UltraFeedback": (121, 288, 1.17),
+}
 
 
-def random_pairs(count: int, prompt: int, response: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    """Tokenised pairs of random tokens, lengths a tenth around the given ones."""
+@dataclass(frozen=True)
+class Case:
+    """What a step holds.
+
+    Attributes:
+        name: for the table.
+        lengths: tokens of each pair's (or list's) prompt and responses, step by step.
+        cached: the reference's log-probabilities are columns of the data.
+        row_length: of preftree's rows; None for one row of a static length.
+    """
+
+    name: str
+    lengths: tuple[tuple[tuple[int, ...], ...], ...]
+    cached: bool = False
+    row_length: int | None = None
+
+    @property
+    def pairs(self) -> int:
+        return len(self.lengths[0])
+
+
+def even(name: str, prompt: int, response: int, pairs: int, steps: int, spread: float = 0.0, **options: Any) -> Case:
+    """Pairs of about the same lengths: a share ``spread`` around the given ones."""
+    draw = np.random.default_rng(0)
+    around = 1 + spread * draw.uniform(-1, 1, (steps, pairs, 3))
+    lengths = (np.array([prompt, response, response]) * around).round().astype(int).clip(2)
+    return Case(name, tuple(tuple(map(tuple, step)) for step in lengths.tolist()), **options)
+
+
+def log_normal(name: str, prompt: int, response: int, pairs: int, steps: int, **options: Any) -> Case:
+    """Lengths log-normal around medians, as `shared/paper_lengths.json` of the issue says: sigma 0.6 and 0.5."""
+    draw = np.random.default_rng(0)
+    spread = np.array([0.6, 0.5, 0.5]) * draw.standard_normal((steps, pairs, 3))
+    lengths = (np.array([prompt, response, response]) * np.exp(spread)).round().astype(int).clip(8, 4096)
+    return Case(name, tuple(tuple(map(tuple, step)) for step in lengths.tolist()), **options)
+
+
+def cases(suite: str, steps: int) -> list[Case]:
+    """The cases of a suite for a GPU."""
+    if suite == "fixed":
+        return [
+            even("4 pairs (1536, 256, 256)", 1536, 256, 4, steps),
+            even("8 pairs (1536, 256, 256)", 1536, 256, 8, steps),
+            even("4 pairs (1536, 256, 256), cached reference", 1536, 256, 4, steps, cached=True),
+            even("8 pairs (1536, 256, 256), cached reference", 1536, 256, 8, steps, cached=True),
+            even("16 pairs (64, 512, 512)", 64, 512, 16, steps),
+        ]
+    if suite == "lengths":
+        return [
+            log_normal(name, prompt, response, 64, steps, row_length=16384)
+            for name, (prompt, response, _) in MEDIANS.items()
+        ]
+    if suite == "growth":
+        by_row = [even(f"1 pair, row {n}", n * 3 // 4, n // 8, 1, steps) for n in (1024, 4096, 16384, 65536)]
+        by_batch = [even(f"{n} pairs (384, 64, 64)", 384, 64, n, steps, row_length=8192) for n in (1, 8, 64, 512)]
+        return by_row + by_batch
+    raise ValueError(f"unknown suite {suite!r}")
+
+
+def random_examples(
+    lengths: tuple[tuple[int, ...], ...], seed: int, vocabulary: int, cached: bool
+) -> list[dict[str, Any]]:
+    """Tokenised pairs of random tokens."""
+    draw = np.random.default_rng(seed)
+    examples = []
+    for prompt, chosen, rejected in lengths:
+        parts = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        example: dict[str, Any] = {
+            name: draw.integers(100, vocabulary, length).tolist() for name, length in parts.items()
+        }
+        if cached:
+            example |= {"ref_chosen_logps": -float(chosen), "ref_rejected_logps": -float(rejected)}
+        examples.append(example)
+    return examples
+
+
+def tiny_tokenizer(vocabulary: int):
+    """A tokenizer of numbers: the trainers want one, the pairs are tokenised already."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1} | {str(index): index for index in range(2, min(vocabulary, 1000))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
+
+
+def model_and_tokenizer(name: str):
+    """The model, its reference and a tokenizer."""
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    generator = torch.Generator().manual_seed(0)
+    if name == "smollm2":
+        sys.path.insert(0, str(ROOT / "examples"))
+        from smollm2 import smollm2
 
-    def draw(length: int) -> list[int]:
-        spread = max(length // 10, 1)
-        size = length + int(torch.randint(-spread, spread + 1, (), generator=generator))
-        return torch.randint(100, vocabulary, (size,), generator=generator).tolist()
+        folder = smollm2(ROOT / "build" / "smollm2")
+        models = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]
+        return *models, AutoTokenizer.from_pretrained(folder)
+    from transformers import Qwen3Config
 
-    return [
-        {"prompt_ids": draw(prompt), "chosen_ids": draw(response), "rejected_ids": draw(response)} for _ in range(count)
-    ]
+    shapes: dict[str, dict[str, Any]] = {
+        "qwen3-1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
+        "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
+        "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    }
+    config = Qwen3Config(
+        vocab_size=151936 if name != "tiny" else 2000,
+        num_attention_heads=16 if name != "tiny" else 4,
+        num_key_value_heads=8 if name != "tiny" else 2,
+        head_dim=128 if name != "tiny" else 16,
+        max_position_embeddings=1 << 17,
+        tie_word_embeddings=True,
+        **shapes[name],
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16 if device == "cuda" else torch.float32
+            )
+        model.generation_config.pad_token_id = 0
+        models.append(model)
+    return *models, tiny_tokenizer(config.vocab_size)
 
 
-def run_side(options: argparse.Namespace) -> dict[str, float]:
-    """Train a few steps with one side; seconds of the counted steps and peak memory in GB."""
+def operations(case: Case, cost: Any, side: str) -> float:
+    """Operations of a mean step, forward and backward, reference included (see the module's docstring)."""
+    total = 0.0
+    for step in case.lengths:
+        for prompt, *responses in step:
+            scored = sum(responses) * cost.per_scored
+            sequences = [(prompt + length) for length in responses]
+            if side == "preftree":
+                tokens = prompt + sum(responses)
+                visible = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in responses)
+            else:
+                tokens, visible = sum(sequences), sum(n * (n + 1) / 2 for n in sequences)
+            total += (3 if case.cached else 4) * (tokens * cost.per_token + visible * cost.per_pair + scored)
+    return total / len(case.lengths)
+
+
+def run_side(side: str, model_name: str, wanted: list[Case], started: float) -> list[dict[str, Any]]:
+    """Train a few steps of each case with one side; ``started`` is when its process was."""
     import torch
     import trl
     from datasets import Dataset
-    from smollm2 import smollm2
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import preftree
+    from preftree.plan import ModelCost
 
-    folder = smollm2(ROOT / "build" / "smollm2")
-    library = trl if options.side == "trl" else preftree
-    own = {"share_prefixes": False} if options.side == "packed" else {}
-    args = library.DPOConfig(
-        **own,
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=options.pairs,
-        max_steps=1,
-        optim="sgd",
-        report_to="none",
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,
-        max_length=None,
-        disable_tqdm=True,
-        save_strategy="no",
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c"}] * options.pairs)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    trainer = library.DPOTrainer(model, args=args, train_dataset=text, processing_class=tokenizer)
-    trainer.create_optimizer_and_scheduler(1)
-    trainer.current_gradient_accumulation_steps = 1  # what `train` sets before it steps
-    pairs = random_pairs(options.pairs * (options.steps + 1), options.prompt, options.response, 49000)
+    warnings.simplefilter("ignore")
+    cuda = torch.cuda.is_available()
+    model, reference, tokenizer = model_and_tokenizer(model_name)
+    cost = ModelCost.from_config(model.config)
+    vocabulary = model.config.vocab_size
+    results = []
+    library = trl if side == "trl" else preftree
+    for case in wanted:
+        own = {} if side == "trl" else {"row_length": case.row_length, "share_prefixes": side == "preftree"}
+        args = library.DPOConfig(
+            **own,
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=case.pairs,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1e-6,
+            report_to="none",
+            bf16=False,  # the weights are: no autocast
+            use_cpu=not cuda,
+            gradient_checkpointing=False,
+            max_length=None,
+            disable_tqdm=True,
+            save_strategy="no",
+            precompute_ref_log_probs=case.cached,
+        )
+        text = [{"prompt": "2 ", "chosen": "3", "rejected": "4"}] * case.pairs
+        trainer = library.DPOTrainer(
+            model,
+            **({} if case.cached else {"ref_model": reference}),
+            args=args,
+            train_dataset=Dataset.from_list(text),
+            processing_class=tokenizer,
+        )
+        trainer.create_optimizer_and_scheduler(1)
+        micro = case.pairs
+        result = asdict(case) | {"side": side, "pairs": case.pairs}
+        del result["lengths"]
+        while micro:
+            try:
+                measured = timed_steps(trainer, case, micro, vocabulary, cuda)
+                break
+            except torch.OutOfMemoryError:
+                trainer.model.zero_grad()
+                torch.cuda.empty_cache()
+                micro = micro // 2 if side == "trl" else 0
+        if not micro:
+            results.append(result | {"left_out": "out of memory"})
+        else:
+            seconds, first, peak = measured
+            median = statistics.median(seconds)
+            tflops = operations(case, cost, side) / median / 1e12
+            result |= {"micro_batch": micro, "seconds": median, "pairs_per_s": case.pairs / median, "tflops": tflops}
+            result |= {"peak_gb": peak, "first_step_s": first}
+            if not results:
+                result["start_s"] = time.time() - started - sum(seconds)
+            results.append(result)
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+        del trainer
+        if cuda:
+            torch.cuda.empty_cache()
+    return results
+
+
+def timed_steps(trainer: Any, case: Case, micro: int, vocabulary: int, cuda: bool) -> tuple[list[float], float, float]:
+    """Seconds of the steps that count, of the first one, and peak memory in GB."""
+    import torch
+
+    count = -(-case.pairs // micro)
+    trainer.current_gradient_accumulation_steps = count  # what `train` sets before it steps
+    batches = []
+    for step, lengths in enumerate(case.lengths):
+        examples = random_examples(lengths, step, vocabulary, case.cached)
+        parts = [examples[first : first + micro] for first in range(0, len(examples), micro)]
+        batches.append([trainer.data_collator(part) for part in parts])
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for step in range(options.steps + 1):
-        batch = pairs[step * options.pairs : (step + 1) * options.pairs]
+    for parts in batches:
         started = time.perf_counter()
-        trainer.training_step(trainer.model, trainer.data_collator(batch))
+        for batch in parts:
+            trainer.training_step(trainer.model, batch)
         trainer.optimizer.step()
         trainer.model.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    if torch.cuda.is_available():
+    if cuda:
         peak = torch.cuda.max_memory_allocated() / 1e9
-    return {"seconds": statistics.median(seconds[1:]), "peak_gb": peak}
+    # On a GPU the first step compiles, and the second may find a kernel that it has not seen.
+    return seconds[2:] if cuda and len(seconds) > 3 else seconds[1:], seconds[0], peak
+
+
+def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """All sides in turn, each in a process of its own."""
+    measured: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides}
+    for _ in range(options.rounds):
+        for side, results in measured.items():
+            command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--started", str(time.time())]
+            process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if process.returncode:
+                raise SystemExit(f"{side} failed with exit status {process.returncode}")
+            results += json.loads(process.stdout.strip().splitlines()[-1])
+    return measured
+
+
+def summarise(measured: dict[str, list[dict[str, Any]]], peak: float | None) -> list[dict[str, Any]]:
+    """Medians over rounds, and ratios to the other sides; printed, and as rows of a table."""
+    rows = []
+    names = list(dict.fromkeys(result["name"] for results in measured.values() for result in results))
+    for name in names:
+        print(f"\n{name}")
+        print(f"{'':<10}{'pairs/s':>10}{'(rounds)':>26}{'TFLOP/s':>9}{'MFU':>7}{'peak GB':>9}{'first step':>12}")
+        by_side: dict[str, dict[str, Any]] = {}
+        for side, results in measured.items():
+            own = [result for result in results if result["name"] == name]
+            if any("left_out" in result for result in own):
+                print(f"{side:<10}{own[0].get('left_out')}")
+                rows.append({"case": name, "side": side, "left_out": own[0].get("left_out")})
+                continue
+            rates = [result["pairs_per_s"] for result in own]
+            row: dict[str, Any] = {
+                "case": name,
+                "side": side,
+                "pairs": own[0]["pairs"],
+                "micro_batch": own[0]["micro_batch"],
+            }
+            row |= {key: statistics.median(r[key] for r in own) for key in ("pairs_per_s", "tflops", "first_step_s")}
+            row["peak_gb"] = max(result["peak_gb"] for result in own)
+            row["mfu"] = row["tflops"] / peak if peak else None
+            if any("start_s" in result for result in own):
+                row["start_s"] = max(result.get("start_s", 0.0) for result in own)
+            by_side[side] = row
+            rows.append(row)
+            share = f"{row['mfu']:.1%}" if peak else ""
+            shown = " ".join(f"{rate:.3f}" for rate in rates)
+            line = (
+                f"{side:<10}{row['pairs_per_s']:>10.3f}{shown:>26}{row['tflops']:>9.2f}{share:>7}{row['peak_gb']:>9.2f}"
+            )
+            print(line + f"{row['first_step_s']:>10.1f} s")
+        ours = by_side.get("preftree")
+        for other in ("trl", "packed"):
+            if ours and other in by_side:
+                theirs = by_side[other]
+                rounds = [
+                    r["pairs_per_s"] / t["pairs_per_s"]
+                    for r, t in zip(
+                        [r for r in measured["preftree"] if r["name"] == name],
+                        [r for r in measured[other] if r["name"] == name],
+                        strict=True,
+                    )
+                ]
+                ours[f"over_{other}"] = statistics.median(rounds)
+                ours[f"memory_of_{other}"] = ours["peak_gb"] / theirs["peak_gb"]
+                listed = ", ".join(f"{ratio:.2f}" for ratio in rounds)
+                print(
+                    f"preftree / {other}: {statistics.median(rounds):.2f}x pairs/s (rounds: {listed}), "
+                    f"{ours[f'memory_of_{other}']:.2f}x its memory"
+                )
+    return rows
+
+
+def write(rows: list[dict[str, Any]], path: Path, head: str) -> None:
+    """A CSV with machine and versions in its first line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"# {head}\n")
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    print(f"wrote {path}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", type=int, default=500, help="tokens of a prompt")
-    parser.add_argument("--response", type=int, default=60, help="tokens of a response")
-    parser.add_argument("--pairs", type=int, default=2, help="pairs a step")
-    parser.add_argument("--steps", type=int, default=2, help="counted steps of a round")
-    parser.add_argument("--rounds", type=int, default=2, help="how often they take turns")
+    parser.add_argument("--model", choices=("smollm2", "qwen3-1.7b", "qwen3-0.6b", "tiny"), help="default by device")
+    parser.add_argument("--suites", nargs="+", choices=("fixed", "lengths", "growth"), help="cases for a GPU")
+    parser.add_argument("--only", default="", help="of a suite, the cases whose name contains this")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--prompt", type=int, default=500, help="without suites: tokens of a prompt")
+    parser.add_argument("--response", type=int, default=60, help="without suites: tokens of a response")
+    parser.add_argument("--pairs", type=int, default=2, help="without suites: pairs a step")
+    parser.add_argument("--steps", type=int, help="counted steps of a round (2; 6 with suites)")
+    parser.add_argument("--rounds", type=int, help="how often the sides take turns (2; 1 with suites)")
+    parser.add_argument("--out", type=Path, help="folder for a CSV")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    import torch
+
+    cuda = torch.cuda.is_available()
+    options.model = options.model or ("qwen3-1.7b" if cuda else "smollm2")
+    steps = (options.steps or (6 if options.suites else 2)) + (2 if cuda else 1)
+    options.rounds = options.rounds or (1 if options.suites else 2)
+    if options.suites:
+        wanted = [case for suite in options.suites for case in cases(suite, steps) if options.only in case.name]
+    else:
+        size = (options.prompt, options.response, options.response)
+        name = f"{options.pairs} pairs of {size} tokens a step, lengths a tenth around"
+        wanted = [even(name, options.prompt, options.response, options.pairs, steps, spread=0.1)]
     if options.side:
-        print(json.dumps(run_side(options)))
+        print(json.dumps(run_side(options.side, options.model, wanted, options.started)))
         return
-    measured: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(options.rounds):
-        for side, results in measured.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results.append(json.loads(output.strip().splitlines()[-1]))
     from preftree.report import versions
 
-    print(
-        f"SmolLM2-135M, {options.pairs} pairs of ({options.prompt}, {options.response}, {options.response}) tokens a step"
-    )
-    print(f"{'':<10}{'pairs/s':>9}{'(rounds)':>24}{'peak GB':>9}")
-    for side, results in measured.items():
-        each = [options.pairs / result["seconds"] for result in results]
-        peak = max(result["peak_gb"] for result in results)
-        print(f"{side:<10}{statistics.median(each):>9.3f}{' '.join(f'{rate:.3f}' for rate in each):>24}{peak:>9.2f}")
-    for other in ("trl", "packed"):
-        pairs = zip(measured[other], measured["preftree"], strict=True)
-        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
-        rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"preftree / {other}: {statistics.median(ratios):.2f}x pairs/s (rounds: {rounds})")
-    print(versions())
+    card = torch.cuda.get_device_name() if cuda else ""
+    peak = next((rate for name, rate in PEAK.items() if name in card), None)
+    print(f"{options.model}; {versions()}")
+    rows = summarise(measure(options), peak)
+    if options.out:
+        suites = "_".join(options.suites or ["pairs"])
+        machine = card.split()[1].lower() if card else "cpu"
+        write(rows, options.out / f"step_{suites}_{machine}.csv", f"{options.model}; {versions()}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ def test_every_sequence_is_in_exactly_one_row(row_length):
         assert (row.parent[row.num_tokens :] == -1).all()
         assert (row.input_ids[row.num_tokens :] == 77).all()
         assert (row.position_ids[row.num_tokens :] == 0).all()
+        assert row.predicted_nodes.tolist() == sorted(set(row.scored_nodes.tolist()))
+        assert torch.equal(row.predicted_nodes[row.scored_index], row.scored_nodes)
+        assert row.longest_scored == max(row.scored_lengths.tolist())
         counts = torch.zeros(len(row), dtype=torch.long)
         for number, scored in zip(
             row.sequence_ids.tolist(), row.scored_nodes.split(row.scored_lengths.tolist()), strict=True
@@ -102,6 +105,7 @@ def test_a_tree_that_does_not_fit_is_named():
 def test_first_token_of_a_sequence_is_never_scored():
     row = preftree.pack([preftree.TokenTree.from_sequences([[3, 4, 5], [6, 7]], [0, 1])])[0]
     assert row.scored_nodes.tolist() == [1, 2, 4]
+    assert row.longest_scored == max(row.scored_lengths.tolist())
     assert row.scored_lengths.tolist() == [2, 1]
     assert row.completion_lengths.tolist() == [3, 1]
 
@@ -146,6 +150,21 @@ def test_static_lengths_are_few_and_close():
     assert len(lengths) < 40
     assert all(static_length(tokens) >= tokens for tokens in range(1, 5000))
     assert all(static_length(tokens) <= max(tokens * 1.26, 128) + 128 for tokens in range(1, 20000, 13))
+
+
+def test_last_row_is_no_longer_than_it_must_be():
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        sizes = torch.randint(1, 900, (12,), generator=generator).tolist()
+        trees = [preftree.TokenTree.from_sequences([[1] * size], [0]) for size in sizes]
+        plain, short = (preftree.pack(trees, 2048, shorten_last=last) for last in (False, True))
+        assert {len(row) for row in plain} == {2048}
+        assert [len(row) for row in short[:-1]] == [2048] * (len(plain) - 1)
+        assert len(short[-1]) == min(static_length(short[-1].num_tokens), 2048)
+        for one, other in zip(plain, short, strict=True):
+            assert torch.equal(one.sequence_ids, other.sequence_ids)
+            assert torch.equal(one.input_ids[: one.num_tokens], other.input_ids[: one.num_tokens])
+    assert len(preftree.pack(trees[:1], 50 + sizes[0], shorten_last=True)[0]) <= 50 + sizes[0]
 
 
 def test_empty_row_holds_nothing():

@@ -16,11 +16,10 @@ from transformers.utils import ModelOutput
 
 from preftree.models import PreparedModel, ready_to_run
 from preftree.packing import PackedRow
+from preftree.token_scores import token_scores
 
 # Logits of one chunk hold at most this many float32 numbers (256 MiB).
 LOGITS_PER_CHUNK = 1 << 26
-# The arrays that token statistics need beside them are smaller, to stay in a processor's cache.
-STATISTICS_PER_CHUNK = 1 << 22
 
 
 @dataclass
@@ -31,6 +30,7 @@ class SequenceLogps(ModelOutput):
         logps: fp32 ``[n]``, natural-log probabilities summed over each sequence's scored tokens.
         lengths: LongTensor ``[n]``, how many tokens each sum is over. (A sequence's very first token has no prediction:
             with prompt length 0 this is one less than the sequence's length.)
+        longest: the largest of these, on the host.
         token_logps: fp32 ``[T]``, the first sequence's scored tokens, then the second's, ...: `PackedRow.scored_nodes`.
         entropy: fp32 ``[T]``, entropy of the predicted distribution in nats, no gradient. Like the two below, only with
             ``statistics=True``.
@@ -44,6 +44,7 @@ class SequenceLogps(ModelOutput):
 
     logps: torch.Tensor
     lengths: torch.Tensor | None = None
+    longest: int | None = None
     token_logps: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     mean_logits: torch.Tensor | None = None
@@ -81,19 +82,20 @@ def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool, expert
     options: dict[str, Any] = {"output_router_logits": True} if experts else {}
     output = prepared.run(row, **options)
     hidden_SH = output.last_hidden_state[0]
-    # Each scored node once, however many sequences share it.
-    nodes, entry = row.scored_nodes.unique(return_inverse=True)
+    # Each scored node once, however many sequences share it. Nothing here asks the device for a size: it would wait.
+    nodes = row.predicted_nodes
     scores = _score_nodes(prepared, hidden_SH[row.parent[nodes]], row.input_ids[nodes], statistics)
     if not nodes.numel():
         # Keeps every parameter in the graph, so that a rank without sequences takes part in collectives.
         scores["token_logps"] = scores["token_logps"] + hidden_SH.sum() * 0
-    per_token = {name: value[entry] for name, value in scores.items()}
+    per_token = {name: value[row.scored_index] for name, value in scores.items()}
     load = {}
     if experts:
         load = _expert_load(prepared.router_logits(output), row.node_counts, prepared.experts_per_token)
     return SequenceLogps(
-        logps=sum_by_sequence(per_token["token_logps"], row.scored_lengths),
+        logps=sum_by_sequence(per_token["token_logps"], row.scored_lengths, row.longest_scored),
         lengths=row.scored_lengths,
+        longest=row.longest_scored,
         **per_token,
         **load,
     )
@@ -114,17 +116,20 @@ def _expert_load(
     return {"expert_counts": counts, "expert_probs": probs}
 
 
-def sum_by_sequence(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Sums of consecutive stretches: ``values [T]``, ``lengths [n]`` with sum T, gives ``[n]``; differentiable."""
-    table, _ = pad_by_sequence(values, lengths)
-    return table.sum(1)
+def sum_by_sequence(values: torch.Tensor, lengths: torch.Tensor, longest: int | None = None) -> torch.Tensor:
+    """Sums of consecutive stretches: ``values [T]``, ``lengths [n]`` with sum T, gives ``[n]``; differentiable.
 
-
-def pad_by_sequence(values: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Consecutive stretches as rows of a table: ``([n, longest] with zeros behind, bool mask [n, longest])``."""
-    longest = int(lengths.max()) if lengths.numel() else 0
-    mask = torch.arange(longest, device=lengths.device)[None, :] < lengths[:, None]
-    return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
+    Args:
+        longest: the largest length, which the device has to be asked for otherwise.
+    """
+    if longest is None:
+        longest = int(lengths.max()) if lengths.numel() else 0
+    count, total = lengths.numel(), values.numel()
+    # Rows of a table, zeros behind each: sums of rows add up in an order that keeps digits.
+    sequence = torch.arange(count, device=lengths.device).repeat_interleave(lengths, output_size=total)
+    column = torch.arange(total, device=lengths.device) - (lengths.cumsum(0) - lengths)[sequence]
+    table = values.new_zeros(count * longest).scatter(0, sequence * longest + column, values)
+    return table.view(count, longest).sum(1)
 
 
 def _score_nodes(
@@ -133,7 +138,7 @@ def _score_nodes(
     size = max(1, LOGITS_PER_CHUNK // prepared.vocabulary_size)
 
     def score(hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        return _score_chunk(prepared.logits(hidden), targets, statistics)
+        return token_scores(prepared.logits(hidden), targets, statistics)
 
     if len(targets_N) <= size:
         return score(hidden_NH, targets_N)
@@ -143,28 +148,3 @@ def _score_nodes(
         for hidden, targets in zip(hidden_NH.split(size), targets_N.split(size), strict=True)
     ]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
-
-def _score_chunk(logits_CV: torch.Tensor, targets_C: torch.Tensor, statistics: bool) -> dict[str, torch.Tensor]:
-    logits_CV = logits_CV.float()
-    log_z_C = logits_CV.logsumexp(-1)
-    scores = {"token_logps": logits_CV.gather(-1, targets_C[:, None])[:, 0] - log_z_C}
-    if statistics:
-        with torch.no_grad():
-            size = max(1, STATISTICS_PER_CHUNK // logits_CV.shape[-1])
-            parts = zip(logits_CV.split(size), log_z_C.split(size), targets_C.split(size), strict=True)
-            each = [_statistics(*part) for part in parts]
-            scores |= {name: torch.cat([part[name] for part in each]) for name in each[0]}
-    return scores
-
-
-def _statistics(logits_CV: torch.Tensor, log_z_C: torch.Tensor, targets_C: torch.Tensor) -> dict[str, torch.Tensor]:
-    log_p_CV = logits_CV - log_z_C[:, None]
-    p_CV = log_p_CV.exp()
-    # Sums over the vocabulary, never dot products: those add up in an order that loses three digits over 50,000 terms.
-    return {
-        "entropy": -log_p_CV.mul_(p_CV).sum(-1),
-        "mean_logits": logits_CV.mean(-1),
-        "is_top1": logits_CV.argmax(-1) == targets_C,
-        "log_sum_sq_probs": p_CV.square_().sum(-1).log(),
-    }

@@ -32,6 +32,9 @@ class PackedRow:
         scored_nodes: LongTensor ``[T]``, the scored nodes of the first sequence, then of the second, ... A node that
             several sequences share is listed once in each.
         scored_lengths: LongTensor ``[n]``, how many of `scored_nodes` belong to each sequence.
+        longest_scored: the largest of these, on the host.
+        predicted_nodes: LongTensor ``[U]``, the scored nodes in order, each once: what the output head is needed for.
+        scored_index: LongTensor ``[T]``, the places of `scored_nodes` in `predicted_nodes`.
         node_counts: LongTensor ``[S]``, how many of the row's sequences hold the node, each as often as it counts
             (`TokenTree.multiplicities`); 0 for padding. A sum over nodes weighted by these is the sum over the tokens of
             all sequences.
@@ -51,6 +54,9 @@ class PackedRow:
     last_nodes: torch.Tensor
     scored_nodes: torch.Tensor
     scored_lengths: torch.Tensor
+    longest_scored: int
+    predicted_nodes: torch.Tensor
+    scored_index: torch.Tensor
     node_counts: torch.Tensor
     num_tokens: int
     runs: tuple[tuple[int, int, int], ...]
@@ -124,13 +130,16 @@ class PackedRow:
         return draw_row(self, path, max_size)
 
 
-def pack(trees: Sequence[TokenTree], row_length: int | None = None, pad_token_id: int = 0) -> list[PackedRow]:
+def pack(
+    trees: Sequence[TokenTree], row_length: int | None = None, pad_token_id: int = 0, shorten_last: bool = False
+) -> list[PackedRow]:
     """Pack trees into rows of one fixed length by best-fit-decreasing. A tree is never split.
 
     Args:
         trees: the trees; their sequences are numbered over all of them, in order.
         row_length: ``S`` of every row; None packs everything into one row without padding.
         pad_token_id: token of the padding at the end of a row.
+        shorten_last: lay the last row out in the shortest `static_length` that holds it, if that is less.
 
     Returns:
         The rows, those that hold the earliest trees first, but the emptiest one last; inside a row trees keep their
@@ -170,9 +179,12 @@ def pack(trees: Sequence[TokenTree], row_length: int | None = None, pad_token_id
         insort(free, (left, row))
     rows = sorted(sorted(content) for content in contents)
     rows.append(rows.pop(min(range(len(rows)), key=lambda row: sum(sizes[tree] for tree in rows[row]))))
+    lengths = [row_length] * len(rows)
+    if shorten_last:
+        lengths[-1] = min(static_length(sum(sizes[tree] for tree in rows[-1])), row_length)
     return [
-        _lay_out([trees[i] for i in content], [first_sequence[i] for i in content], row_length, pad_token_id)
-        for content in rows
+        _lay_out([trees[i] for i in content], [first_sequence[i] for i in content], length, pad_token_id)
+        for content, length in zip(rows, lengths, strict=True)
     ]
 
 
@@ -220,6 +232,8 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
             # The first token of a sequence has no parent, hence no prediction: it is scored by nobody.
             scored.append(path[max(prompt, 1) :] + start)
         start += len(tree)
+    scored_nodes = torch.cat(scored) if scored else torch.zeros(0, dtype=torch.long)
+    predicted_nodes, scored_index = scored_nodes.unique(return_inverse=True)
     return PackedRow(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -229,8 +243,11 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
         sequence_lengths=torch.tensor(sequence_lengths, dtype=torch.long),
         prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.long),
         last_nodes=torch.tensor(last_nodes, dtype=torch.long),
-        scored_nodes=torch.cat(scored) if scored else torch.zeros(0, dtype=torch.long),
+        scored_nodes=scored_nodes,
         scored_lengths=torch.tensor([nodes.numel() for nodes in scored], dtype=torch.long),
+        longest_scored=max((nodes.numel() for nodes in scored), default=0),
+        predicted_nodes=predicted_nodes,
+        scored_index=scored_index,
         node_counts=node_counts,
         num_tokens=start,
         runs=_runs(end[:start], parent[:start]),

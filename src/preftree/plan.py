@@ -99,7 +99,7 @@ def make_plan(
     suggested = row_length is None
     if row_length is None:
         row_length = _suggest(batches)
-    packed = [pack(batch, row_length) for batch in batches]
+    packed = [pack(batch, row_length, shorten_last=True) for batch in batches]
     rows = sum(len(batch) for batch in packed)
     # Responses as often as they stand in a pair: that is what pairs listed one by one compute.
     padded = [
@@ -127,7 +127,7 @@ def make_plan(
         shared_tokens=sum(len(tree) for tree in trees),
         row_length=row_length,
         suggested=suggested,
-        row_tokens=rows * row_length,
+        row_tokens=sum(len(row) for batch in packed for row in batch),
         rows_per_step=rows / len(batches),
         speedup=speedup,
         speedup_padded=speedup_padded,
@@ -206,7 +206,11 @@ def _suggest(batches: Sequence[Sequence[TokenTree]], most: int = 65536) -> int:
     while candidates[-1] < min(largest, most):
         candidates.append(static_length(candidates[-1] + 1))
     sample = batches[:: max(len(batches) // 32, 1)]
-    return min(candidates, key=lambda length: (sum(len(pack(batch, length)) for batch in sample) * length, length))
+
+    def tokens(length: int) -> int:
+        return sum(len(row) for batch in sample for row in pack(batch, length, shorten_last=True))
+
+    return min(candidates, key=lambda length: (tokens(length), length))
 
 
 def describe(plan: Plan) -> list[tuple[str, str]]:

@@ -137,6 +137,10 @@ def _stock_attention(layer: torch.nn.Module, eager: bool):
     return (module.ALL_ATTENTION_FUNCTIONS if module else ALL_ATTENTION_FUNCTIONS)["sdpa"]
 
 
+# For compiled layers: which kernel serves, and what it needs of the row, is found in Python.
+_attend_outside = torch.compiler.disable(TreeAttention.__call__)
+
+
 def _tree_attention(eager: bool):
     def attention(
         module: torch.nn.Module,
@@ -176,7 +180,8 @@ def _tree_attention(eager: bool):
         if attention_mask.active.contiguous:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        out_BHSE = attention_mask.attend(query, key, value, Scores(scale, softcap, s_aux, position_bias))
+        attend = _attend_outside if torch.compiler.is_compiling() else TreeAttention.__call__
+        out_BHSE = attend(attention_mask.attend, query, key, value, Scores(scale, softcap, s_aux, position_bias))
         return out_BHSE.transpose(1, 2).contiguous(), None
 
     return attention

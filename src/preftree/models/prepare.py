@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from preftree.attention import check_backend
 from preftree.models import interface
+from preftree.models.compiled import compile_layers
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal
 from preftree.models.verify import verify_on_tree
@@ -100,12 +101,14 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
     return prepared
 
 
-def prepare_model(model: torch.nn.Module, backend: str = "auto", verify: bool = True) -> torch.nn.Module:
+def prepare_model(
+    model: torch.nn.Module, backend: str = "auto", verify: bool = True, compile: bool = False
+) -> torch.nn.Module:
     """Let a transformers causal language model run packed rows of trees (see `preftree.sequence_logps`).
 
     The model is changed in place: its attention goes through functions registered with transformers, which for ordinary
     batches do what it did before. Generation, scoring, saving and loading work as before. Calling it again only changes
-    the backend.
+    the backend, and compiles layers that were not.
 
     Args:
         model: a `PreTrainedModel` with a language-modelling head (or a sequence classifier, for rewards), or a PEFT model
@@ -114,6 +117,7 @@ def prepare_model(model: torch.nn.Module, backend: str = "auto", verify: bool = 
             "flex" FlexAttention (GPU), "varlen" goes path by path, "dense" is the specification.
         verify: run a tree of some thirty tokens through the model and compare with the stock model on each of its
             sequences alone. Takes a few short forward passes.
+        compile: run the decoder layers of rows under `torch.compile`, one compilation for all lengths.
 
     Returns:
         The same model.
@@ -126,9 +130,11 @@ def prepare_model(model: torch.nn.Module, backend: str = "auto", verify: bool = 
     check_backend(backend, base.device)
     if (prepared := getattr(base, ATTRIBUTE, None)) is not None:
         prepared.backend = backend
-        return model
-    setattr(base, ATTRIBUTE, attach_tree_attention(base, backend, verify))
-    base.forward = MethodType(_tree_aware(type(base).forward), base)
+    else:
+        setattr(base, ATTRIBUTE, attach_tree_attention(base, backend, verify))
+        base.forward = MethodType(_tree_aware(type(base).forward), base)
+    if compile:
+        compile_layers(base)
     return model
 
 

@@ -161,7 +161,11 @@ class TreeTrainer(DataPreparation):
                     f"disable_dropout=False, but {found[0] or 'the model'} has dropout {found[2]}: a shared prefix cannot "
                     "reproduce separate dropout masks"
                 )
-            prepare_model(self.accelerator.unwrap_model(part, keep_torch_compile=False), self.args.attention_backend)
+            prepare_model(
+                self.accelerator.unwrap_model(part, keep_torch_compile=False),
+                self.args.attention_backend,
+                compile=self.args.compiles_layers,
+            )
             if (prepared := prepared_part(part)) is not None:
                 prepared.contiguous = getattr(self.args, "activation_offloading", False)
         if not isinstance(self.data_collator, TreeCollator):

@@ -24,7 +24,8 @@ class TreeCollator:
     Args:
         pad_token_id: token of the rows' padding.
         layout: how an example is read.
-        row_length: tokens of a row; None puts the batch into one row.
+        row_length: tokens of a row, the last one of a batch being shorter if it can be (`pack`); None puts the batch into
+            one row.
         static: round a row without a given length up to one of a few lengths, for compiled kernels.
         share_prefixes: False lays every sequence out by itself (packed, but nothing shared): the baseline.
         columns: numbers of an example to hand on, fp32 ``[examples]`` each, where the data have them.
@@ -102,7 +103,7 @@ class TreeCollator:
         row_length = self.row_length
         if row_length is None and self.static:
             row_length = static_length(sum(len(tree) for tree in trees))
-        rows = pack(trees, row_length, self.pad_token_id)
+        rows = pack(trees, row_length, self.pad_token_id, shorten_last=True)
         for row in rows:
             row.sequence_ids = torch.tensor([sequence_ids[index] for index in row.sequence_ids.tolist()])
         return batch | {"rows": rows, "members": [_members(row, groups, first_sequence) for row in rows]}

@@ -60,6 +60,13 @@ class TreeArguments:
             "'dense' force one."
         },
     )
+    compile_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run the decoder layers under torch.compile, one compilation for all row lengths. None: with "
+            "`torch_compile`."
+        },
+    )
     share_prefixes: bool = field(
         default=True,
         metadata={"help": "False computes every sequence by itself in the same packed rows: for comparison."},
@@ -79,6 +86,14 @@ class TreeArguments:
             raise ValueError(
                 f"unknown attention_backend {self.attention_backend!r}: choose from auto, {', '.join(BACKENDS)}"
             )
+
+    @property
+    def compiles_layers(self) -> bool:
+        """What `compile_layers` comes to."""
+        if self.compile_layers is not None:
+            return self.compile_layers
+        own: Any = self
+        return bool(own.torch_compile)
 
     def unused_options(self) -> Iterator[tuple[str, str]]:
         """``(option, why)`` of options that are set but have no effect."""

@@ -214,23 +214,27 @@ def weighted_logps(out: SequenceLogps, ld_alpha: float | None) -> torch.Tensor:
     token_logps, lengths = out.token_logps, out.lengths
     if ld_alpha is None or token_logps is None or lengths is None or not lengths.numel():
         return out.logps
-    return sum_by_sequence(token_logps * completion_weights(lengths, ld_alpha), lengths)
+    return sum_by_sequence(token_logps * completion_weights(lengths, ld_alpha), lengths, out.longest)
 
 
 def wpo_weights(out: SequenceLogps) -> torch.Tensor:
     """WPO's weight of each sequence ``[n]`` (see `objectives.wpo_weight`)."""
     lengths = _given(out.lengths)
-    return wpo_weight(out.logps, sum_by_sequence(_given(out.log_sum_sq_probs), lengths), lengths)
+    return wpo_weight(out.logps, sum_by_sequence(_given(out.log_sum_sq_probs), lengths, out.longest), lengths)
 
 
 def statistics(out: SequenceLogps) -> dict[str, torch.Tensor]:
     """Sums over each sequence's scored tokens ``[n]`` of what the metrics are made from."""
     lengths = _given(out.lengths)
+
+    def summed(values: torch.Tensor | None) -> torch.Tensor:
+        return sum_by_sequence(_given(values).float(), lengths, out.longest)
+
     return {
         "tokens": lengths.float(),
-        "entropy": sum_by_sequence(_given(out.entropy), lengths),
-        "mean_logits": sum_by_sequence(_given(out.mean_logits), lengths),
-        "top1": sum_by_sequence(_given(out.is_top1).float(), lengths),
+        "entropy": summed(out.entropy),
+        "mean_logits": summed(out.mean_logits),
+        "top1": summed(out.is_top1),
     }
 
 
