@@ -30,20 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from packing import MEDIANS
 
 ROOT = Path(__file__).parent.parent
 SIDES = ("trl", "packed", "preftree")
 # Dense bf16 TFLOP/s by the vendor.
 PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
-# Median tokens of a prompt and of a response (arXiv 2410.20305, reconstructed from its tables), and tokens saved by sharing.
-MEDIANS = {
-    "Capybara": (712, 448, 1.44),
-    "HH-RLHF": (127, 59, 1.51),
-    "MetaMath-DPO": (694, 178, 1.66),
-    "TLDR": (382, 34, 1.84),
-    "Tulu-HelpSteer": (669, 106, 1.76),
-    "UltraFeedback": (121, 288, 1.17),
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ def even(name: str, prompt: int, response: int, pairs: int, steps: int, spread: 
 
 
 def log_normal(name: str, prompt: int, response: int, pairs: int, steps: int, **options: Any) -> Case:
-    """Lengths log-normal around medians, as `shared/paper_lengths.json` of the issue says: sigma 0.6 and 0.5."""
+    """Lengths log-normal around medians, with sigma 0.6 for prompts and 0.5 for responses, as in `packing`."""
     draw = np.random.default_rng(0)
     spread = np.array([0.6, 0.5, 0.5]) * draw.standard_normal((steps, pairs, 3))
     lengths = (np.array([prompt, response, response]) * np.exp(spread)).round().astype(int).clip(8, 4096)
@@ -96,7 +88,7 @@ def cases(suite: str, steps: int) -> list[Case]:
     if suite == "lengths":
         return [
             log_normal(name, prompt, response, 64, steps, row_length=16384)
-            for name, (prompt, response, _) in MEDIANS.items()
+            for name, (prompt, response) in MEDIANS.items()
         ]
     if suite == "growth":
         by_row = [even(f"1 pair, row {n}", n * 3 // 4, n // 8, 1, steps) for n in (1024, 4096, 16384, 65536)]

@@ -36,7 +36,6 @@ def draw(tokens, vocabulary, scale, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("vocabulary", "scale"), [(7, 1.0), (1000, 8.0), (4096, 30.0), (50000, 4.0)])
 def test_scores_and_gradients(vocabulary, scale, dtype, device):
-    """Fifty thousand terms in float32 keep their digits."""
     logits, targets = draw(60, vocabulary, scale, dtype, device)
     expected = exact(logits, targets)
     # Sums round at the size of the largest logit.
@@ -63,6 +62,16 @@ def test_scores_and_gradients(vocabulary, scale, dtype, device):
     alone = token_scores(logits.detach(), targets, statistics=False)
     assert alone.keys() == {"token_logps"}
     torch.testing.assert_close(alone["token_logps"], got["token_logps"].detach())
+
+
+def test_statistics_of_a_large_vocabulary():
+    """Fifty thousand terms in float32 keep their digits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(200, 50000, generator=generator)
+    targets = torch.randint(0, 50000, (200,), generator=generator)
+    got = token_scores(logits, targets, statistics=True)
+    for name, value in exact(logits, targets).items():
+        torch.testing.assert_close(got[name].to(value.dtype), value, rtol=2e-6, atol=2e-6, msg=name)
 
 
 @on_devices
