@@ -1,10 +1,11 @@
 """Fits the cost model of `preftree.attention.cost` on this GPU and prints its factors.
 
-    python benchmarks/attention_cost.py [--sizes 64 128 256]
+    python benchmarks/attention_cost.py [--sizes 64 128 256] [--backends flash varlen flex]
 
 Rows of many shapes (pairs, lists of responses, a system prompt over several prompts, uneven lengths) are timed with each
 backend, forward and backward; the factors are the non-negative ones with the smallest squared relative error. A second set
-of rows that the fit has not seen tells how far the backend that the model chooses is behind the best one.
+of rows that the fit has not seen tells how far the backend that the model chooses is behind the best one. All times go to
+`benchmarks/results/attention_cost_<device>.csv`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import attention as bench
 import numpy as np
@@ -38,6 +40,12 @@ def uneven(count: int, prompt: int, response: int, responses: int, seed: int) ->
     return bench.Case(f"{count} uneven ({prompt}, {responses} x {response}) {seed}", trees)
 
 
+def alone(count: int, length: int) -> bench.Case:
+    """Sequences that share nothing."""
+    generator = torch.Generator().manual_seed(0)
+    return bench.Case(f"{count} x {length} alone", [[bench.tokens(generator, length, i)] for i in range(count)])
+
+
 def fitting_rows() -> list[bench.Case]:
     return [
         bench.pairs_of(1, 6144, 1024, 1024),
@@ -52,6 +60,7 @@ def fitting_rows() -> list[bench.Case]:
         uneven(60, 120, 60, 2, 1),
         uneven(5, 120, 290, 4, 2),
         bench.system_prompt(400, 6, 300, 3, 200),
+        alone(16, 1000),
     ]
 
 
@@ -62,6 +71,7 @@ def held_out_rows() -> list[bench.Case]:
         uneven(30, 120, 290, 2, 12),
         uneven(80, 127, 59, 2, 13),
         uneven(4, 3000, 1000, 2, 14),
+        alone(30, 500),
     ]
 
 
@@ -101,52 +111,72 @@ def non_negative(features: np.ndarray, times: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--backends", nargs="+", choices=NAMES, default=list(NAMES), help="fit these, keep the others")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("the cost model is for GPUs: there is none here")
     print(versions() + bench.library_versions(), flush=True)
     capability = torch.cuda.get_device_capability()
-    fitted: dict[int, dict[str, tuple[float, ...]]] = {}
+    fitted = cost.FACTORS.setdefault(capability[0], {})
+    times: list[dict[str, object]] = []
     for size in options.sizes:
         shape = bench.Shape(32, 8, size, torch.bfloat16)
         layer = Layer("cuda", capability, torch.bfloat16, 32, 8, size, size, CAUSAL)
-        able = [name for name in NAMES if BACKENDS[name].refusal(layer) is None]
+        able = [name for name in options.backends if BACKENDS[name].refusal(layer) is None]
         rows, unseen = fitting_rows(), held_out_rows()
-        fitted[size] = {}
-        cost.FACTORS[capability[0]] = fitted
+        fitted.setdefault(size, {})
         kinds = [("", able, rows, unseen)]
         # FlexAttention's time under a window stays above the others': it would only have to be compiled again.
         narrow = [name for name in able if name != "flex"]
-        kinds.append((" window", narrow, windowed(rows[:6] + rows[-1:], (256, 1500)), windowed(unseen[::2], (512,))))
+        kinds.append((" window", narrow, windowed(rows[:6] + rows[-2:-1], (256, 1500)), windowed(unseen[:5:2], (512,))))
         for kind, names, seen, new in kinds:
             cases = [static(case) for case in seen]
             for name in names:
-                times = np.array([milliseconds(case, shape, name, options.repeats) for case in cases])
+                spent = np.array([milliseconds(case, shape, name, options.repeats) for case in cases])
                 features = np.array([Work.of(case.row, case.rule.window).features(name) for case in cases])
-                factors = non_negative(features, times)
+                factors = non_negative(features, spent)
                 fitted[size][name + kind] = tuple(float(f"{factor:.4g}") for factor in factors)
-                worst = np.abs(features @ factors / times - 1).max()
+                times += [
+                    timing(case, size, name, "fitted", ms, expected)
+                    for case, ms, expected in zip(cases, spent, features @ factors, strict=True)
+                ]
+                worst = np.abs(features @ factors / spent - 1).max()
                 print(
                     f"  {size} {name}{kind}: {fitted[size][name + kind]}, within {worst:.1%} on {len(cases)} rows",
                     flush=True,
                 )
             for case in map(static, new):
-                report(case, shape, replace(layer, rule=case.rule), names, options.repeats)
+                times += report(case, shape, replace(layer, rule=case.rule), names, options.repeats)
+    machine = torch.cuda.get_device_name().split()[1].lower()
+    bench.write(times, options.out / f"attention_cost_{machine}.csv")
     print(f"FACTORS = {{{capability[0]}: {fitted}}}")
 
 
-def report(case: bench.Case, shape: bench.Shape, layer: Layer, names: list[str], repeats: int) -> None:
+def timing(case: bench.Case, size: int, backend: str, kind: str, ms: float, expected: float) -> dict[str, object]:
+    return {
+        "size": size,
+        "row": case.name,
+        "set": kind,
+        "backend": backend,
+        "ms": round(ms, 4),
+        "expected_ms": round(expected, 4),
+    }
+
+
+def report(
+    case: bench.Case, shape: bench.Shape, layer: Layer, names: list[str], repeats: int
+) -> list[dict[str, object]]:
     """How far the backend that the model chooses for a row is behind the best one."""
     measured = {name: milliseconds(case, shape, name, repeats) for name in names}
     chosen = cost.fastest(names, layer, case.row)
     behind = measured[chosen] / min(measured.values()) - 1
     work = Work.of(case.row, case.rule.window)
-    listed = ", ".join(
-        f"{name} {time:.3f} ms (expected {cost.estimate(name, layer, work) or 0:.3f})"
-        for name, time in measured.items()
-    )
+    expected = {name: cost.estimate(name, layer, work) or 0.0 for name in names}
+    listed = ", ".join(f"{name} {time:.3f} ms (expected {expected[name]:.3f})" for name, time in measured.items())
     print(f"  {layer.size} {case.name}: chose {chosen}, {behind:.1%} behind the best: {listed}", flush=True)
+    return [timing(case, layer.size, name, "held out", measured[name], expected[name]) for name in names]
 
 
 if __name__ == "__main__":

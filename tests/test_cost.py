@@ -30,7 +30,7 @@ def test_tiles_of_the_mask(seed, stretch):
     row = random_row(seed, trees=4, spare=seed, stretch=stretch)
     work = Work.of(row)
     assert (work.full_tiles, work.partial_tiles) == tiles_by_brute_force(seen_by_walking_up(row, lambda q, k: True))
-    assert work.tokens == len(row)
+    assert (work.length, work.tokens) == (len(row), row.num_tokens)
 
 
 @pytest.mark.parametrize("window", [1, 100, 300])
@@ -56,11 +56,16 @@ def test_tiles_of_paths(seed, stretch):
             last = min(first + TILE, block.stop) - 1
             tiles += -(-int(visible[last].sum()) // TILE)
     work = Work.of(row)
-    assert (work.blocks, work.keys, work.path_tiles) == (len(query_blocks(row.runs)), keys, tiles)
+    assert (work.blocks, work.copied, work.path_tiles) == (len(query_blocks(row.runs)), keys, tiles)
+
+
+def test_keys_of_sequences_that_share_nothing_are_not_copied():
+    row = preftree.pack([preftree.TokenTree.from_sequences([[i] * 200], [1]) for i in range(3)], 700)[0]
+    assert (Work.of(row).blocks, Work.of(row).copied, Work.of(row).path_tiles) == (3, 0, 9)
 
 
 def test_a_row_of_padding_costs_its_own_tiles():
-    assert Work.of(empty_row(300)) == Work(300, 0, 3, 0, 0, 0)
+    assert Work.of(empty_row(300)) == Work(300, 0, 0, 3, 0, 0, 0)
 
 
 def test_estimates_are_those_of_the_nearest_head_size_and_grow_with_the_heads():

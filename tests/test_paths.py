@@ -132,6 +132,17 @@ def test_plan_against_brute_force(seed, stretch, window):
     assert all(1 <= length <= TILE for _, length, _ in sources)
 
 
+def test_keys_lie_in_place_where_no_block_sees_one_above_it():
+    alone = preftree.pack(
+        [preftree.TokenTree.from_sequences([[i] * size], [1]) for i, size in enumerate((3, 1, 7))], 15
+    )
+    for window in (None, 1, 4):
+        plan = plan_paths(alone[0], window)
+        assert plan.in_place
+        assert key_list_by_brute_force(alone[0], window) == list(range(11))
+    assert [plan_paths(random_row(0), window).in_place for window in (None, 1, 2)] == [False, True, False]
+
+
 def test_plan_of_padding():
     plan = plan_paths(empty_row(9))
     assert (plan.num_tokens, plan.num_keys, plan.longest_queries, plan.longest_keys) == (0, 0, 0, 0)

@@ -52,6 +52,12 @@ def long_row(length, seed=0):
             used += len(tree)
 
 
+def unshared_row(length):
+    """Sequences alone, padded to ``length``: what nothing is to be copied for."""
+    sequences = [[i] * size for i, size in enumerate((length // 2, 1, length // 3, 60))]
+    return preftree.pack([preftree.TokenTree.from_sequences([s], [1]) for s in sequences], length)[0].to("cuda")
+
+
 # name: query heads, key-value heads, head size, value size, further features
 SHAPES = {
     "128": (8, 2, 128, 128),
@@ -78,6 +84,8 @@ CASES = [
     ("varlen", "128", "causal", "softcap"),
     ("varlen-torch", "128", "causal", ""),
     ("varlen-torch", "64-mha", "window", ""),
+    *[(backend, "128", rule, "alone") for backend in ("varlen", "varlen-torch") for rule in ("causal", "window")],
+    ("flash", "128", "causal", "alone"),
     ("varlen-torch", "256", "causal", "fp16"),
     *[("flex", shape, "causal", "") for shape in ("128", "three-groups", "small-values", "mla")],
     *[("flex", "128", rule, "") for rule in ("window", "chunk", "other")],
@@ -98,8 +106,9 @@ def test_backend_agrees_with_dense(backend, shape, rule, special, monkeypatch):
         monkeypatch.setattr(varlen_kernels, "fa4_refusal", lambda layer: "not wanted here")
     heads, groups, size, value_size = SHAPES[shape]
     for length in (130, 1111):
-        row = long_row(length)
+        row = unshared_row(length) if special == "alone" else long_row(length)
         generator = torch.Generator("cuda").manual_seed(0)
+        torch.full((1 << 24,), float("nan"), device="cuda")  # what memory holds that nobody writes to
 
         def draw(*shape, generator=generator):
             return torch.randn(shape, generator=generator, device="cuda")
@@ -223,7 +232,9 @@ def test_preparation_does_not_wait_for_the_device(window):
 
 
 @pytest.mark.parametrize("rule", ["causal", "window", "wide", "chunk"])
-@pytest.mark.parametrize("blocks", [(128, 128), (64, 128), (128, 112), (64, 96), (128, 64), (16, 12)], ids=str)
+@pytest.mark.parametrize(
+    "blocks", [(128, 128), (64, 128), (128, 112), (64, 96), (192, 128), (128, 80), (24, 12)], ids=str
+)
 @pytest.mark.parametrize("length", [130, 1111, 3000])
 def test_lists_of_blocks_are_those_made_in_torch(length, blocks, rule):
     """The kernels' lists on the GPU against those that torch makes on the host, which are tested entry by entry."""

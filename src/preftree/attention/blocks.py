@@ -14,8 +14,8 @@ import torch
 from preftree.attention.mask import Rule, visible_blocks
 from preftree.packing import PackedRow
 
-# A kernel's last tile reaches so far behind the row's end at most.
-LAST_TILE = 128
+# The longest of the kernels' tiles: the last one reaches so far behind the row's end at most.
+LAST_TILE = 192
 
 
 class BlockLists(NamedTuple):

@@ -38,11 +38,13 @@ def _nodes_kernel(end, positions, nodes, size, length, window, chunk, BLOCK: tl.
 
 
 @triton.jit
-def _nearest_kernel(lowest, nearest, size, BLOCK: tl.constexpr):
+def _nearest_kernel(lowest, nearest, size, QUERY_BLOCK: tl.constexpr, QUERIES: tl.constexpr):
     """Running minimum of `lowest` within each query block."""
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(lowest + token, mask=token < size, other=_FAR)
-    tl.store(nearest + token, tl.associative_scan(values, 0, _smaller), mask=token < size)
+    offset = tl.arange(0, QUERIES)
+    token = tl.program_id(0) * QUERY_BLOCK + offset
+    inside = (offset < QUERY_BLOCK) & (token < size)
+    values = tl.load(lowest + token, mask=inside, other=_FAR)
+    tl.store(nearest + token, tl.associative_scan(values, 0, _smaller), mask=inside)
 
 
 @triton.jit
@@ -54,17 +56,27 @@ def _append(indices, count, chosen, blocks):
 
 
 @triton.jit
+def _reached(nearest, end, position, inside, first, last):
+    """Keys on the path of, and seen by, a query of the block ``first`` to ``last`` that they stand before."""
+    below = tl.minimum(end, last)
+    seen = inside & (below > first)
+    return seen & (tl.load(nearest + below - 1, mask=seen, other=_FAR) <= position)
+
+
+@triton.jit
 def _key_lists_kernel(
     nodes, nearest, counts, indices, size, length, number, width, FROM_LOWEST: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     first = row * QUERY_BLOCK
     last = first + QUERY_BLOCK
     lowest_max = 0
     if FROM_LOWEST:
-        query = first + tl.arange(0, QUERY_BLOCK)
-        lowest_max = tl.max(tl.load(nodes + 2 * length + query, mask=query < size, other=0), 0)
+        query = first + tl.arange(0, QUERIES)
+        within = (query < last) & (query < size)
+        lowest_max = tl.max(tl.load(nodes + 2 * length + query, mask=within, other=0), 0)
     offset = tl.arange(0, KEYS)[None, :]
     partial_count = 0
     full_count = 0
@@ -83,9 +95,7 @@ def _key_lists_kernel(
         if FROM_LOWEST:
             position = tl.load(nodes + length + key, mask=inside, other=_FAR)
             full = full & (tl.min(position, 1) >= lowest_max)
-            below = tl.minimum(end, last)
-            seen = inside & (below > first)
-            seen = seen & (tl.load(nearest + below - 1, mask=seen, other=_FAR) <= position)
+            seen = _reached(nearest, end, position, inside, first, last)
             reached = before & (tl.max(seen.to(tl.int32), 1) > 0)
         some = (reached | ((key_first < last) & (key_last > first))) & (block < width)
         partial_count = _append(indices + row * width, partial_count, some & ~full, block)
@@ -97,7 +107,8 @@ def _key_lists_kernel(
 @triton.jit
 def _query_lists_kernel(
     nodes, nearest, counts, indices, size, length, number, width, FROM_LOWEST: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     key_first = row * KEY_BLOCK
@@ -109,7 +120,7 @@ def _query_lists_kernel(
     end_min = tl.min(tl.where(inside, end, _FAR), 0)
     position = tl.load(nodes + length + key, mask=inside, other=_FAR)
     position_min = tl.min(position, 0)
-    offset = tl.arange(0, QUERY_BLOCK)[None, :]
+    offset = tl.arange(0, QUERIES)[None, :]
     partial_count = 0
     full_count = 0
     # Blocks before the first key hold no query that sees one, blocks behind the keys' descendants neither.
@@ -123,11 +134,9 @@ def _query_lists_kernel(
         full = (key_last <= first + 1) & (end_min >= last) & (block < width)
         if FROM_LOWEST:
             query = first[:, None] + offset
-            lowest = tl.load(nodes + 2 * length + query, mask=query < size, other=0)
+            lowest = tl.load(nodes + 2 * length + query, mask=(offset < QUERY_BLOCK) & (query < size), other=0)
             full = full & (position_min >= tl.max(lowest, 1))
-            below = tl.minimum(end[None, :], last[:, None])
-            seen = inside[None, :] & (below > first[:, None])
-            seen = seen & (tl.load(nearest + below - 1, mask=seen, other=_FAR) <= position[None, :])
+            seen = _reached(nearest, end[None, :], position[None, :], inside[None, :], first[:, None], last[:, None])
             reached = before & (tl.max(seen.to(tl.int32), 1) > 0)
         some = (reached | ((key_first < last) & (key_last > first))) & (block < width)
         partial_count = _append(indices + row * width, partial_count, some & ~full, block)
@@ -151,30 +160,35 @@ def nodes_of(row: PackedRow, rule: Rule, tile: int) -> torch.Tensor:
 def key_lists(
     nodes: torch.Tensor, size: int, from_lowest: bool, query_block: int, key_block: int
 ) -> tuple[torch.Tensor, ...]:
-    """`BlockLists` of query blocks; ``query_block`` a power of two."""
+    """`BlockLists` of query blocks."""
     return _lists(_key_lists_kernel, nodes, size, from_lowest, query_block, key_block, by_query=True)
 
 
 def query_lists(
     nodes: torch.Tensor, size: int, from_lowest: bool, query_block: int, key_block: int
 ) -> tuple[torch.Tensor, ...]:
-    """`BlockLists` of key blocks; ``query_block`` a power of two."""
+    """`BlockLists` of key blocks."""
     return _lists(_query_lists_kernel, nodes, size, from_lowest, query_block, key_block, by_query=False)
 
 
 def _lists(kernel, nodes, size, from_lowest, query_block, key_block, by_query) -> tuple[torch.Tensor, ...]:
     queries, keys = triton.cdiv(size, query_block), triton.cdiv(size, key_block)
     number, width = (queries, keys) if by_query else (keys, queries)
+    shapes = {
+        "QUERY_BLOCK": query_block,
+        "KEY_BLOCK": key_block,
+        "QUERIES": triton.next_power_of_2(query_block),
+        "KEYS": triton.next_power_of_2(key_block),
+    }
     nearest = nodes[2]
     if from_lowest:
         nearest = torch.empty(size, dtype=torch.int32, device=nodes.device)
-        _nearest_kernel[(queries,)](nodes[2], nearest, size, BLOCK=query_block)
+        _nearest_kernel[(queries,)](nodes[2], nearest, size, QUERY_BLOCK=query_block, QUERIES=shapes["QUERIES"])
     counts = torch.empty(2, 1, 1, number, dtype=torch.int32, device=nodes.device)
     indices = torch.zeros(2, 1, 1, number, width, dtype=torch.int32, device=nodes.device)
-    columns = triton.next_power_of_2(key_block)
+    together = max(_ENTRIES // max(shapes["KEYS"], shapes["QUERIES"]), 1)
     kernel[(number,)](
-        nodes, nearest, counts, indices, size, nodes.shape[1], number, width, FROM_LOWEST=from_lowest,
-        QUERY_BLOCK=query_block, KEY_BLOCK=key_block, KEYS=columns,
-        BLOCKS=max(_ENTRIES // max(columns, query_block), 1),
+        nodes, nearest, counts, indices, size, nodes.shape[1], number, width,
+        FROM_LOWEST=from_lowest, BLOCKS=together, **shapes,
     )  # fmt: skip
     return counts[0], indices[0], counts[1], indices[1]

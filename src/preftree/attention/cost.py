@@ -26,19 +26,25 @@ _HEADS = 32
 FACTORS: dict[int, dict[int, dict[str, tuple[float, ...]]]] = {
     9: {
         64: {
-            "flash": (0.05964, 0.02666, 0.8303, 1.189),
-            "varlen": (0.05892, 0.009485, 0.7933, 0.0153, 3.913),
-            "flex": (0.2981, 0.0, 1.782, 2.654),
+            "flash": (0.06726, 0.02977, 0.8432, 1.081),
+            "varlen": (0.07723, 0.02134, 0.8028, 0.008946, 3.576),
+            "flex": (0.3059, 0.0, 1.777, 2.623),
+            "flash window": (0.1909, 0.02864, 0.9016, 1.002),
+            "varlen window": (0.1293, 0.009766, 0.8439, 0.013, 3.658),
         },
         128: {
-            "flash": (0.1064, 0.05166, 1.301, 1.341),
-            "varlen": (0.03198, 0.02798, 1.251, 0.02206, 4.503),
-            "flex": (0.4497, 0.0, 2.455, 3.481),
+            "flash": (0.1171, 0.05167, 1.304, 1.294),
+            "varlen": (0.09034, 0.04255, 1.26, 0.01478, 3.842),
+            "flex": (0.4572, 0.0, 2.474, 3.464),
+            "flash window": (0.1764, 0.0557, 1.315, 1.008),
+            "varlen window": (0.1372, 0.03318, 1.227, 0.01841, 3.775),
         },
         256: {
-            "flash": (0.1457, 0.08754, 4.787, 3.562),
-            "varlen": (0.0, 0.04115, 4.427, 0.04563, 5.471),
-            "flex": (0.9592, 0.00165, 12.22, 15.84),
+            "flash": (0.08679, 0.09235, 4.786, 3.678),
+            "varlen": (0.0, 0.08185, 4.492, 0.02869, 4.201),
+            "flex": (0.8974, 0.004389, 12.05, 15.71),
+            "flash window": (0.2234, 0.1078, 4.837, 2.344),
+            "varlen window": (0.3348, 0.06565, 4.553, 0.01013, 4.949),
         },
     }
 }
@@ -52,18 +58,20 @@ class Work:
     """What computing a row's attention takes, counted on the host.
 
     Attributes:
-        tokens: ``S``, padding included.
+        length: ``S``, padding included.
+        tokens: without the padding, which `varlen` skips.
         full_tiles, partial_tiles: 128 x 128 tiles of the row's mask in which all, or some but not all pairs are visible.
         blocks: of queries, see `paths`.
-        keys: of all blocks together.
+        copied: keys of all blocks together; none where each token is the key of one block alone and is read in place.
         path_tiles: 128 x 128 tiles of the blocks' scores.
     """
 
+    length: int
     tokens: int
     full_tiles: int
     partial_tiles: int
     blocks: int
-    keys: int
+    copied: int
     path_tiles: int
 
     @classmethod
@@ -71,14 +79,14 @@ class Work:
         """Counted from the row's runs; counts under a window are a little too high at its border."""
         key = ("work", window)
         if key not in row.derived:
-            row.derived[key] = cls(len(row), *_mask_tiles(row, window), *_path_tiles(row, window))
+            row.derived[key] = cls(len(row), row.num_tokens, *_mask_tiles(row, window), *_path_tiles(row, window))
         return row.derived[key]
 
     def features(self, backend: str) -> tuple[float, ...]:
         """What a backend's time is linear in, in thousands."""
         if backend == "varlen":
-            return (1.0, self.tokens / 1e3, self.path_tiles / 1e3, self.keys / 1e3, self.blocks / 1e3)
-        return (1.0, self.tokens / 1e3, self.full_tiles / 1e3, self.partial_tiles / 1e3)
+            return (1.0, self.tokens / 1e3, self.path_tiles / 1e3, self.copied / 1e3, self.blocks / 1e3)
+        return (1.0, self.length / 1e3, self.full_tiles / 1e3, self.partial_tiles / 1e3)
 
 
 def _mask_tiles(row: PackedRow, window: int | None) -> tuple[int, int]:
@@ -121,7 +129,7 @@ def _path_tiles(row: PackedRow, window: int | None) -> tuple[int, int, int]:
             last = above + min(first + TILE, own)
             hidden = 0 if window is None else max(last - TILE - window, 0) // TILE
             tiles += -(-last // TILE) - hidden
-    return len(blocks), keys, tiles
+    return len(blocks), 0 if keys == row.num_tokens else keys, tiles
 
 
 def estimate(backend: str, layer: Layer, work: Work) -> float | None:

@@ -31,12 +31,14 @@ def refusal(layer: Layer) -> str | None:
 def block_sizes(size: int, value_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Query and key tokens of a block, in the forward and in the backward pass: what the kernels' tiles go with."""
     if size <= 64:
-        return (128, 128), (128, 128)
+        return (192, 128), (128, 128)
+    if size <= 96:
+        return (192, 128), (64, 128)
     if size <= 128:
         return (128, 128), (64, 128)
     if size <= 192:
         return (128, 128 if value_size <= 128 else 112), (64, 96)
-    return (128, 64), (64, 64)
+    return (128, 80), (64, 64)
 
 
 def _tables(row: PackedRow, rule: Rule, sizes: tuple[tuple[int, int], tuple[int, int]]) -> list[torch.Tensor]:

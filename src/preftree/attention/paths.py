@@ -86,6 +86,11 @@ class PathPlan:
     sources: torch.Tensor
     origins: torch.Tensor
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the keys are the row's own, in its order: no block has a path above it that it sees."""
+        return self.num_keys == self.num_tokens
+
 
 # Nodes that one program of the copying kernels handles at most.
 TILE = 64

@@ -2,7 +2,7 @@
 
 Each is a function ``(q [S, H, D], k [K, G, D], v [K, G, E], plan, window, scores) -> out [S, H, E]``, differentiable, for
 the row's queries and keys laid out as in a `PathPlan`: causal from the bottom right, queries being the last keys of their
-block. At the row's padding, which no block holds, outputs are zeros.
+block. At the row's padding, which no block holds, outputs are zeros; keys may have padding behind them too.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def by_torch(q_SHD, k_KGD, v_KGE, plan: PathPlan, window: int | None, scores: Sc
     from torch.nn.attention.varlen import varlen_attn
 
     heads = q_SHD.shape[1]
+    if len(k_KGD) > plan.num_keys:
+        k_KGD, v_KGE = k_KGD[: plan.num_keys], v_KGE[: plan.num_keys]
     grouped: dict[str, Any] = {}
     if k_KGD.shape[1] != heads and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         grouped["enable_gqa"] = True
@@ -88,7 +90,7 @@ def by_fa4(q_SHD, k_KGD, v_KGE, plan: PathPlan, window: int | None, scores: Scor
         scores.sinks,
         plan.query_starts,
         plan.key_starts,
-        [plan.num_tokens, plan.longest_queries, plan.longest_keys],
+        [plan.num_tokens, plan.num_keys, plan.longest_queries, plan.longest_keys],
         window,
         scores.scale,
         scores.softcap or 0.0,
@@ -100,8 +102,8 @@ def _arguments(query_starts, key_starts, lengths, window, scale) -> dict:
     return {
         "cu_seqlens_q": query_starts,
         "cu_seqlens_k": key_starts,
-        "max_seqlen_q": lengths[1],
-        "max_seqlen_k": lengths[2],
+        "max_seqlen_q": lengths[2],
+        "max_seqlen_k": lengths[3],
         "causal": window is None,
         "window_size_left": None if window is None else window - 1,
         "window_size_right": None if window is None else 0,
@@ -123,13 +125,13 @@ def _fa4_forward(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output, and log-sum-exps ``[H, T]`` of the tokens that are not padding, with the sinks' part."""
-    tokens = lengths[0]
+    tokens, keys = lengths[:2]
     out_SHE = q_SHD.new_empty((*q_SHD.shape[:2], v_KGE.shape[-1]))
     out_SHE[tokens:] = 0
     _, lse_HT, *_ = fa4.kernels()._flash_attn_fwd(
         q_SHD[:tokens],
-        k_KGD,
-        v_KGE,
+        k_KGD[:keys],
+        v_KGE[:keys],
         out=out_SHE[:tokens],
         learnable_sink=sinks,
         pack_gqa=False,
@@ -163,17 +165,19 @@ def _fa4_backward(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys, values and sinks (empty without sinks)."""
-    tokens = lengths[0]
-    dq_SHD = q_SHD.new_empty(q_SHD.shape)
-    dq_SHD[tokens:] = 0
-    _, dk_KGD, dv_KGE, *dsinks = fa4.kernels()._flash_attn_bwd(
+    tokens, keys = lengths[:2]
+    dq_SHD, dk_KGD, dv_KGE = (x.new_empty(x.shape) for x in (q_SHD, k_KGD, v_KGE))
+    dq_SHD[tokens:], dk_KGD[keys:], dv_KGE[keys:] = 0, 0, 0
+    _, _, _, *dsinks = fa4.kernels()._flash_attn_bwd(
         q_SHD[:tokens],
-        k_KGD,
-        v_KGE,
+        k_KGD[:keys],
+        v_KGE[:keys],
         out_SHE[:tokens],
         grad_SHE[:tokens],
         lse_HT,
         dq=dq_SHD[:tokens],
+        dk=dk_KGD[:keys],
+        dv=dv_KGE[:keys],
         learnable_sink=sinks,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         **fa4.capping(softcap, backward=True),
