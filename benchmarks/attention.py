@@ -17,7 +17,6 @@ every method: 4 (head size) (query heads) operations for each visible pair, time
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import statistics
 import textwrap
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tables import library_versions, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -577,30 +577,6 @@ def preparation(small: int, repeats: int) -> list[dict[str, object]]:
     return results
 
 
-def write(rows: list[dict[str, object]], path: Path) -> None:
-    """A CSV with machine and versions in its first line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {versions()}{library_versions()}\n")
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
-
-
-def library_versions() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = ""
-    for package in ("flash-attn-4", "triton"):
-        try:
-            found += f", {package} {version(package)}"
-        except PackageNotFoundError:
-            found += f", no {package}"
-    return found
-
-
 def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
     """Bars: each method's speed over the best dense kernel, case by case."""
     try:
@@ -659,7 +635,7 @@ def main() -> None:
             chosen_cases = [case for case in made[suite](small) if options.only in case.name]
             rows = [row for case in chosen_cases for row in compare(case, shape, options.repeats)]
             draw(rows, options.out / f"attention_{suite}_{machine}.png", f"attention, {suite}")
-        write(rows, options.out / f"attention_{suite}_{machine}.csv")
+        write(rows, options.out / f"attention_{suite}_{machine}.csv", versions() + library_versions())
 
 
 if __name__ == "__main__":

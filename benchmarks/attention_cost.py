@@ -18,6 +18,7 @@ from pathlib import Path
 import attention as bench
 import numpy as np
 import torch
+from tables import library_versions, write
 
 from preftree.attention import BACKENDS, Layer, cost
 from preftree.attention.cost import Work
@@ -117,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("the cost model is for GPUs: there is none here")
-    print(versions() + bench.library_versions(), flush=True)
+    print(versions() + library_versions(), flush=True)
     capability = torch.cuda.get_device_capability()
     fitted = cost.FACTORS.setdefault(capability[0], {})
     times: list[dict[str, object]] = []
@@ -150,7 +151,7 @@ def main() -> None:
             for case in map(static, new):
                 times += report(case, shape, replace(layer, rule=case.rule), names, options.repeats)
     machine = torch.cuda.get_device_name().split()[1].lower()
-    bench.write(times, options.out / f"attention_cost_{machine}.csv")
+    write(times, options.out / f"attention_cost_{machine}.csv", versions() + library_versions())
     print(f"FACTORS = {{{capability[0]}: {fitted}}}")
 
 

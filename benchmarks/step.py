@@ -10,13 +10,13 @@ steps of a case are not counted. "start_s" is a process's time up to the steps t
 making of weights and batches included; "first_step_s" is that of a case's first step.
 
 TFLOP/s count the products of what a side computes, padding left out: 2 operations a weight and token, 4 (head size) (heads)
-(layers) a visible pair, three times that with a backward pass. MFU is their share of the card's dense bf16 rate.
+(layers) a visible pair, three times that with a backward pass. MFU is their share of the card's dense bf16 rate. With
+``--profile`` two more steps say which kernels the time goes to, and for how long the GPU runs none.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import resource
 import statistics
@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from packing import MEDIANS
+from tables import library_versions, write
 
 ROOT = Path(__file__).parent.parent
 SIDES = ("trl", "packed", "preftree")
@@ -182,7 +183,9 @@ def operations(case: Case, cost: Any, side: str) -> float:
     return total / len(case.lengths)
 
 
-def run_side(side: str, model_name: str, wanted: list[Case], started: float) -> list[dict[str, Any]]:
+def run_side(
+    side: str, model_name: str, wanted: list[Case], started: float, compiled: bool = False, profiled: bool = False
+) -> list[dict[str, Any]]:
     """Train a few steps of each case with one side; ``started`` is when its process was."""
     import torch
     import trl
@@ -199,7 +202,8 @@ def run_side(side: str, model_name: str, wanted: list[Case], started: float) -> 
     results = []
     library = trl if side == "trl" else preftree
     for case in wanted:
-        own = {} if side == "trl" else {"row_length": case.row_length, "share_prefixes": side == "preftree"}
+        own = {"row_length": case.row_length, "share_prefixes": side == "preftree", "compile_layers": compiled}
+        own = {} if side == "trl" else own
         args = library.DPOConfig(
             **own,
             output_dir=tempfile.mkdtemp(),
@@ -244,6 +248,8 @@ def run_side(side: str, model_name: str, wanted: list[Case], started: float) -> 
             tflops = operations(case, cost, side) / median / 1e12
             result |= {"micro_batch": micro, "seconds": median, "pairs_per_s": case.pairs / median, "tflops": tflops}
             result |= {"peak_gb": peak, "first_step_s": first}
+            if profiled and cuda:
+                result |= profile_steps(trainer, case, micro, vocabulary)
             if not results:
                 result["start_s"] = time.time() - started - sum(seconds)
             results.append(result)
@@ -254,27 +260,63 @@ def run_side(side: str, model_name: str, wanted: list[Case], started: float) -> 
     return results
 
 
-def timed_steps(trainer: Any, case: Case, micro: int, vocabulary: int, cuda: bool) -> tuple[list[float], float, float]:
-    """Seconds of the steps that count, of the first one, and peak memory in GB."""
-    import torch
-
-    count = -(-case.pairs // micro)
-    trainer.current_gradient_accumulation_steps = count  # what `train` sets before it steps
+def collate(trainer: Any, case: Case, micro: int, vocabulary: int) -> list[list[dict[str, Any]]]:
+    """The micro-batches of each step."""
+    trainer.current_gradient_accumulation_steps = -(-case.pairs // micro)  # what `train` sets before it steps
     batches = []
     for step, lengths in enumerate(case.lengths):
         examples = random_examples(lengths, step, vocabulary, case.cached)
         parts = [examples[first : first + micro] for first in range(0, len(examples), micro)]
         batches.append([trainer.data_collator(part) for part in parts])
+    return batches
+
+
+def take_step(trainer: Any, parts: list[dict[str, Any]]) -> None:
+    for batch in parts:
+        trainer.training_step(trainer.model, batch)
+    trainer.optimizer.step()
+    trainer.model.zero_grad()
+
+
+def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int) -> dict[str, Any]:
+    """Two steps' kernels: milliseconds a step and calls a step, longest first, and the share of time without any."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    batches = collate(trainer, case, micro, vocabulary)[-2:]
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for parts in batches:
+            take_step(trainer, parts)
+        torch.cuda.synchronize()
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    busy, until = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    spent: dict[str, list[float]] = {}
+    for event in kernels:
+        spent.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+    steps = len(batches)
+    listed = [
+        {"kernel": name, "ms": sum(times) / steps, "calls": len(times) / steps}
+        for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))
+    ]
+    return {"idle": 1 - busy / (until - spans[0][0]), "kernels": listed}
+
+
+def timed_steps(trainer: Any, case: Case, micro: int, vocabulary: int, cuda: bool) -> tuple[list[float], float, float]:
+    """Seconds of the steps that count, of the first one, and peak memory in GB."""
+    import torch
+
+    batches = collate(trainer, case, micro, vocabulary)
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     seconds = []
     for parts in batches:
         started = time.perf_counter()
-        for batch in parts:
-            trainer.training_step(trainer.model, batch)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
+        take_step(trainer, parts)
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
@@ -322,6 +364,8 @@ def summarise(measured: dict[str, list[dict[str, Any]]], peak: float | None) -> 
             row |= {key: statistics.median(r[key] for r in own) for key in ("pairs_per_s", "tflops", "first_step_s")}
             row["peak_gb"] = max(result["peak_gb"] for result in own)
             row["mfu"] = row["tflops"] / peak if peak else None
+            if "idle" in own[-1]:
+                row["idle"] = own[-1]["idle"]
             if any("start_s" in result for result in own):
                 row["start_s"] = max(result.get("start_s", 0.0) for result in own)
             by_side[side] = row
@@ -332,6 +376,7 @@ def summarise(measured: dict[str, list[dict[str, Any]]], peak: float | None) -> 
                 f"{side:<10}{row['pairs_per_s']:>10.3f}{shown:>26}{row['tflops']:>9.2f}{share:>7}{row['peak_gb']:>9.2f}"
             )
             print(line + f"{row['first_step_s']:>10.1f} s")
+            show_profile(own[-1])
         ours = by_side.get("preftree")
         for other in ("trl", "packed"):
             if ours and other in by_side:
@@ -354,16 +399,17 @@ def summarise(measured: dict[str, list[dict[str, Any]]], peak: float | None) -> 
     return rows
 
 
-def write(rows: list[dict[str, Any]], path: Path, head: str) -> None:
-    """A CSV with machine and versions in its first line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {head}\n")
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    print(f"wrote {path}")
+def show_profile(result: dict[str, Any], count: int = 16) -> None:
+    """The kernels that take longest."""
+    if "kernels" not in result:
+        return
+    kernels = result["kernels"]
+    total = sum(kernel["ms"] for kernel in kernels)
+    print(f"  {total:.1f} ms of kernels a step, {result['idle']:.1%} of the time without one")
+    for kernel in kernels[:count]:
+        print(
+            f"  {kernel['ms']:>9.2f} ms {kernel['ms'] / total:>6.1%} {kernel['calls']:>7.0f} x {kernel['kernel'][:110]}"
+        )
 
 
 def main() -> None:
@@ -378,6 +424,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="counted steps of a round (2; 6 with suites)")
     parser.add_argument("--rounds", type=int, help="how often the sides take turns (2; 1 with suites)")
     parser.add_argument("--out", type=Path, help="folder for a CSV")
+    parser.add_argument("--compile", action="store_true", help="packed and preftree with their layers compiled")
+    parser.add_argument("--profile", action="store_true", help="which kernels the time goes to (GPU)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -394,7 +442,8 @@ def main() -> None:
         name = f"{options.pairs} pairs of {size} tokens a step, lengths a tenth around"
         wanted = [even(name, options.prompt, options.response, options.pairs, steps, spread=0.1)]
     if options.side:
-        print(json.dumps(run_side(options.side, options.model, wanted, options.started)))
+        results = run_side(options.side, options.model, wanted, options.started, options.compile, options.profile)
+        print(json.dumps(results))
         return
     from preftree.report import versions
 
@@ -405,7 +454,7 @@ def main() -> None:
     if options.out:
         suites = "_".join(options.suites or ["pairs"])
         machine = card.split()[1].lower() if card else "cpu"
-        write(rows, options.out / f"step_{suites}_{machine}.csv", f"{options.model}; {versions()}")
+        write(rows, options.out / f"step_{suites}_{machine}.csv", f"{options.model}; {versions()}{library_versions()}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ from preftree.models import PreparedModel, ready_to_run
 from preftree.packing import PackedRow
 from preftree.token_scores import token_scores
 
-# Logits of one chunk hold at most this many float32 numbers (256 MiB).
+# Logits of one chunk hold at most this many numbers (256 MiB in float32), on a GPU four times as many: each chunk adds its
+# gradient to the whole head's.
 LOGITS_PER_CHUNK = 1 << 26
+_MORE_ON_A_GPU = 4
 
 
 @dataclass
@@ -135,7 +137,8 @@ def sum_by_sequence(values: torch.Tensor, lengths: torch.Tensor, longest: int | 
 def _score_nodes(
     prepared: PreparedModel, hidden_NH: torch.Tensor, targets_N: torch.Tensor, statistics: bool
 ) -> dict[str, torch.Tensor]:
-    size = max(1, LOGITS_PER_CHUNK // prepared.vocabulary_size)
+    most = LOGITS_PER_CHUNK * (_MORE_ON_A_GPU if hidden_NH.is_cuda else 1)
+    size = max(1, most // prepared.vocabulary_size)
 
     def score(hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         return token_scores(prepared.logits(hidden), targets, statistics)

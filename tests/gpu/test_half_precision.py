@@ -1,0 +1,55 @@
+"""Half precision on a GPU: deep models are accepted, compiled layers are as near to float32 and compile once."""
+
+import copy
+
+import pytest
+import torch
+from families import VOCABULARY, build
+from torch._dynamo.utils import counters
+
+import preftree
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+DEEP = {"num_hidden_layers": 28, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+
+
+def row_of(seed, prompt, *responses):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length):
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    trees = []
+    for _ in range(3):
+        shared = draw(prompt)
+        trees.append(
+            preftree.TokenTree.from_sequences([shared + draw(n) for n in responses], [prompt] * len(responses))
+        )
+    return preftree.pack(trees)[0].to("cuda")
+
+
+def numbers(model, row):
+    model.zero_grad()
+    out = preftree.sequence_logps(model, row)
+    (out.logps * torch.linspace(-1, 1, len(out.logps), device="cuda")).sum().backward()
+    return [out.logps.detach().double(), *[p.grad.double() for p in model.parameters() if p.grad is not None]]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_compiled_layers_in_bf16(family):
+    exact = build(family, DEEP).cuda()
+    plain = preftree.prepare_model(copy.deepcopy(exact).bfloat16())
+    fast = preftree.prepare_model(copy.deepcopy(exact).bfloat16(), compile=True)
+    preftree.prepare_model(exact, backend="dense")
+    counters.clear()
+    for index, row in enumerate(
+        [row_of(0, 300, 70, 90), row_of(1, 200, 110, 60), row_of(2, 41, 33, 20), row_of(3, 500, 9)]
+    ):
+        truth, uncompiled, compiled = (numbers(model, row) for model in (exact, plain, fast))
+        if index == 1:
+            # Lengths are symbolic once a second one has been seen, at the latest.
+            compilations = counters["stats"]["unique_graphs"]
+        for one, other, third in zip(truth, uncompiled, compiled, strict=True):
+            assert (third - one).norm() <= 1.2 * (other - one).norm() + 1e-3 * one.norm()
+    assert counters["stats"]["unique_graphs"] == compilations > 0
