@@ -71,6 +71,7 @@ def train(options: argparse.Namespace, data: list[dict[str, str]], bf16: bool, s
         max_length=None,
         report_to="none",
         save_strategy="no",
+        logging_strategy="no",
         disable_tqdm=True,
     )
     trainer = KeepsLosses(

@@ -7,7 +7,8 @@ Each side runs in a process of its own, in turn, on the same random pairs: rando
 model, no activation checkpointing. "packed" is preftree with sharing switched off: what packing, compiled layers and scoring
 only the responses give without it. TRL runs as many pairs at once as fit, in several micro-batches if need be. The first
 steps of a case are not counted. "start_s" is a process's time up to the steps that count of its first case, imports and the
-making of weights and batches included; "first_step_s" is that of a case's first step.
+making of weights and batches included; "first_step_s" is that of a case's first step. Lists of more than two responses are
+trained as all their pairs; TRL is given these one by one.
 
 TFLOP/s count the products of what a side computes, padding left out: 2 operations a weight and token, 4 (head size) (heads)
 (layers) a visible pair, three times that with a backward pass. MFU is their share of the card's dense bf16 rate. With
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -26,6 +28,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +59,13 @@ class Case:
     row_length: int | None = None
 
     @property
-    def pairs(self) -> int:
+    def examples(self) -> int:
         return len(self.lengths[0])
+
+    @property
+    def pairs(self) -> int:
+        """Of a step: of a list's responses, each with each."""
+        return sum(math.comb(len(responses), 2) for _, *responses in self.lengths[0])
 
 
 def even(name: str, prompt: int, response: int, pairs: int, steps: int, spread: float = 0.0, **options: Any) -> Case:
@@ -81,9 +89,9 @@ def cases(suite: str, steps: int) -> list[Case]:
     if suite == "fixed":
         return [
             even("4 pairs (1536, 256, 256)", 1536, 256, 4, steps),
-            even("8 pairs (1536, 256, 256)", 1536, 256, 8, steps),
+            even("8 pairs (1536, 256, 256)", 1536, 256, 8, steps, row_length=8192),
             even("4 pairs (1536, 256, 256), cached reference", 1536, 256, 4, steps, cached=True),
-            even("8 pairs (1536, 256, 256), cached reference", 1536, 256, 8, steps, cached=True),
+            even("8 pairs (1536, 256, 256), cached reference", 1536, 256, 8, steps, cached=True, row_length=8192),
             even("16 pairs (64, 512, 512)", 64, 512, 16, steps),
         ]
     if suite == "lengths":
@@ -94,24 +102,36 @@ def cases(suite: str, steps: int) -> list[Case]:
     if suite == "growth":
         by_row = [even(f"1 pair, row {n}", n * 3 // 4, n // 8, 1, steps) for n in (1024, 4096, 16384, 65536)]
         by_batch = [even(f"{n} pairs (384, 64, 64)", 384, 64, n, steps, row_length=8192) for n in (1, 8, 64, 512)]
-        return by_row + by_batch
+        by_list = [
+            Case(f"2 lists of {n}, prompt 1024, responses 256", (((1024, *[256] * n),) * 2,) * steps)
+            for n in (2, 4, 8, 16)
+        ]
+        return by_row + by_batch + by_list
+    if suite == "mixed":
+        return [log_normal("200 batches of 8 pairs, UltraFeedback", *MEDIANS["UltraFeedback"], 8, 200)]
     raise ValueError(f"unknown suite {suite!r}")
 
 
 def random_examples(
-    lengths: tuple[tuple[int, ...], ...], seed: int, vocabulary: int, cached: bool
+    lengths: tuple[tuple[int, ...], ...], seed: int, vocabulary: int, cached: bool, ranked: bool
 ) -> list[dict[str, Any]]:
-    """Tokenised pairs of random tokens."""
+    """Tokenised pairs of random tokens; a list of more than two responses as one example if ``ranked``, else as its pairs."""
     draw = np.random.default_rng(seed)
     examples = []
-    for prompt, chosen, rejected in lengths:
-        parts = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        example: dict[str, Any] = {
-            name: draw.integers(100, vocabulary, length).tolist() for name, length in parts.items()
-        }
-        if cached:
-            example |= {"ref_chosen_logps": -float(chosen), "ref_rejected_logps": -float(rejected)}
-        examples.append(example)
+    for parts in lengths:
+        prompt, *responses = (draw.integers(100, vocabulary, length).tolist() for length in parts)
+        if ranked and len(responses) > 2:
+            sequences = [prompt + response for response in responses]
+            scores = [float(-place) for place in range(len(responses))]
+            examples.append(
+                {"sequences": sequences, "prompt_lengths": [len(prompt)] * len(sequences), "scores": scores}
+            )
+            continue
+        for chosen, rejected in combinations(responses, 2):
+            example: dict[str, Any] = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            if cached:
+                example |= {"ref_chosen_logps": -float(len(chosen)), "ref_rejected_logps": -float(len(rejected))}
+            examples.append(example)
     return examples
 
 
@@ -178,7 +198,10 @@ def operations(case: Case, cost: Any, side: str) -> float:
                 tokens = prompt + sum(responses)
                 visible = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in responses)
             else:
-                tokens, visible = sum(sequences), sum(n * (n + 1) / 2 for n in sequences)
+                # Each of a list's responses stands in a pair with each other one.
+                times = len(responses) - 1 if side == "trl" else 1
+                tokens, visible = times * sum(sequences), times * sum(n * (n + 1) / 2 for n in sequences)
+                scored *= times
             total += (3 if case.cached else 4) * (tokens * cost.per_token + visible * cost.per_pair + scored)
     return total / len(case.lengths)
 
@@ -207,7 +230,7 @@ def run_side(
         args = library.DPOConfig(
             **own,
             output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=case.pairs,
+            per_device_train_batch_size=case.examples,
             max_steps=1,
             optim="sgd",
             learning_rate=1e-6,
@@ -220,7 +243,7 @@ def run_side(
             save_strategy="no",
             precompute_ref_log_probs=case.cached,
         )
-        text = [{"prompt": "2 ", "chosen": "3", "rejected": "4"}] * case.pairs
+        text = [{"prompt": "2 ", "chosen": "3", "rejected": "4"}] * case.examples
         trainer = library.DPOTrainer(
             model,
             **({} if case.cached else {"ref_model": reference}),
@@ -229,7 +252,7 @@ def run_side(
             processing_class=tokenizer,
         )
         trainer.create_optimizer_and_scheduler(1)
-        micro = case.pairs
+        micro = case.pairs if side == "trl" else case.examples
         result = asdict(case) | {"side": side, "pairs": case.pairs}
         del result["lengths"]
         while micro:
@@ -243,11 +266,12 @@ def run_side(
         if not micro:
             results.append(result | {"left_out": "out of memory"})
         else:
-            seconds, first, peak = measured
+            seconds, first, peak, compilations = measured
             median = statistics.median(seconds)
             tflops = operations(case, cost, side) / median / 1e12
             result |= {"micro_batch": micro, "seconds": median, "pairs_per_s": case.pairs / median, "tflops": tflops}
             result |= {"peak_gb": peak, "first_step_s": first}
+            result["compilations_later"] = compilations
             if profiled and cuda:
                 result |= profile_steps(trainer, case, micro, vocabulary)
             if not results:
@@ -262,10 +286,11 @@ def run_side(
 
 def collate(trainer: Any, case: Case, micro: int, vocabulary: int) -> list[list[dict[str, Any]]]:
     """The micro-batches of each step."""
-    trainer.current_gradient_accumulation_steps = -(-case.pairs // micro)  # what `train` sets before it steps
+    ranked = hasattr(trainer, "computed")
     batches = []
     for step, lengths in enumerate(case.lengths):
-        examples = random_examples(lengths, step, vocabulary, case.cached)
+        examples = random_examples(lengths, step, vocabulary, case.cached, ranked)
+        trainer.current_gradient_accumulation_steps = -(-len(examples) // micro)  # what `train` sets before it steps
         parts = [examples[first : first + micro] for first in range(0, len(examples), micro)]
         batches.append([trainer.data_collator(part) for part in parts])
     return batches
@@ -305,16 +330,22 @@ def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int) -> dict
     return {"idle": 1 - busy / (until - spans[0][0]), "kernels": listed}
 
 
-def timed_steps(trainer: Any, case: Case, micro: int, vocabulary: int, cuda: bool) -> tuple[list[float], float, float]:
-    """Seconds of the steps that count, of the first one, and peak memory in GB."""
+def timed_steps(
+    trainer: Any, case: Case, micro: int, vocabulary: int, cuda: bool
+) -> tuple[list[float], float, float, int]:
+    """Seconds of the steps that count, of the first one, peak memory in GB, and graphs compiled after the third step."""
     import torch
+    from torch._dynamo.utils import counters
 
     batches = collate(trainer, case, micro, vocabulary)
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for parts in batches:
+    seconds: list[float] = []
+    compiled = 0
+    for number, parts in enumerate(batches):
+        if number == 3:
+            compiled = counters["stats"]["unique_graphs"]
         started = time.perf_counter()
         take_step(trainer, parts)
         if cuda:
@@ -324,7 +355,9 @@ def timed_steps(trainer: Any, case: Case, micro: int, vocabulary: int, cuda: boo
     if cuda:
         peak = torch.cuda.max_memory_allocated() / 1e9
     # On a GPU the first step compiles, and the second may find a kernel that it has not seen.
-    return seconds[2:] if cuda and len(seconds) > 3 else seconds[1:], seconds[0], peak
+    counted = seconds[2:] if cuda and len(seconds) > 3 else seconds[1:]
+    later = counters["stats"]["unique_graphs"] - compiled if len(batches) > 3 else 0
+    return counted, seconds[0], peak, later
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -362,6 +395,7 @@ def summarise(measured: dict[str, list[dict[str, Any]]], peak: float | None) -> 
                 "micro_batch": own[0]["micro_batch"],
             }
             row |= {key: statistics.median(r[key] for r in own) for key in ("pairs_per_s", "tflops", "first_step_s")}
+            row["compilations_later"] = max(result["compilations_later"] for result in own)
             row["peak_gb"] = max(result["peak_gb"] for result in own)
             row["mfu"] = row["tflops"] / peak if peak else None
             if "idle" in own[-1]:
@@ -376,6 +410,8 @@ def summarise(measured: dict[str, list[dict[str, Any]]], peak: float | None) -> 
                 f"{side:<10}{row['pairs_per_s']:>10.3f}{shown:>26}{row['tflops']:>9.2f}{share:>7}{row['peak_gb']:>9.2f}"
             )
             print(line + f"{row['first_step_s']:>10.1f} s")
+            if row["compilations_later"]:
+                print(f"{'':<10}{row['compilations_later']} graphs compiled after the third step")
             show_profile(own[-1])
         ours = by_side.get("preftree")
         for other in ("trl", "packed"):
@@ -415,7 +451,7 @@ def show_profile(result: dict[str, Any], count: int = 16) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "qwen3-1.7b", "qwen3-0.6b", "tiny"), help="default by device")
-    parser.add_argument("--suites", nargs="+", choices=("fixed", "lengths", "growth"), help="cases for a GPU")
+    parser.add_argument("--suites", nargs="+", choices=("fixed", "lengths", "growth", "mixed"), help="cases for a GPU")
     parser.add_argument("--only", default="", help="of a suite, the cases whose name contains this")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--prompt", type=int, default=500, help="without suites: tokens of a prompt")

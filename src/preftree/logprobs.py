@@ -81,12 +81,17 @@ def sequence_logps(
 
 
 def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool, experts: bool) -> SequenceLogps:
-    options: dict[str, Any] = {"output_router_logits": True} if experts else {}
-    output = prepared.run(row, **options)
-    hidden_SH = output.last_hidden_state[0]
     # Each scored node once, however many sequences share it. Nothing here asks the device for a size: it would wait.
     nodes = row.predicted_nodes
-    scores = _score_nodes(prepared, hidden_SH[row.parent[nodes]], row.input_ids[nodes], statistics)
+    if experts or not nodes.numel():
+        # What routers say is asked of all tokens.
+        options: dict[str, Any] = {"output_router_logits": True} if experts else {}
+        output = prepared.run(row, **options)
+        hidden_SH = output.last_hidden_state[0]
+        hidden_PH = hidden_SH[row.read_nodes]
+    else:
+        hidden_PH = prepared.hidden_states_at(row, row.read_nodes)
+    scores = _score_nodes(prepared, hidden_PH[row.read_index], row.input_ids[nodes], statistics)
     if not nodes.numel():
         # Keeps every parameter in the graph, so that a rank without sequences takes part in collectives.
         scores["token_logps"] = scores["token_logps"] + hidden_SH.sum() * 0

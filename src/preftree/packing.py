@@ -35,6 +35,8 @@ class PackedRow:
         longest_scored: the largest of these, on the host.
         predicted_nodes: LongTensor ``[U]``, the scored nodes in order, each once: what the output head is needed for.
         scored_index: LongTensor ``[T]``, the places of `scored_nodes` in `predicted_nodes`.
+        read_nodes: LongTensor ``[P]``, the nodes that these are predicted at (their parents) in order, each once.
+        read_index: LongTensor ``[U]``, the places of the parents of `predicted_nodes` in `read_nodes`.
         node_counts: LongTensor ``[S]``, how many of the row's sequences hold the node, each as often as it counts
             (`TokenTree.multiplicities`); 0 for padding. A sum over nodes weighted by these is the sum over the tokens of
             all sequences.
@@ -57,6 +59,8 @@ class PackedRow:
     longest_scored: int
     predicted_nodes: torch.Tensor
     scored_index: torch.Tensor
+    read_nodes: torch.Tensor
+    read_index: torch.Tensor
     node_counts: torch.Tensor
     num_tokens: int
     runs: tuple[tuple[int, int, int], ...]
@@ -234,6 +238,7 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
         start += len(tree)
     scored_nodes = torch.cat(scored) if scored else torch.zeros(0, dtype=torch.long)
     predicted_nodes, scored_index = scored_nodes.unique(return_inverse=True)
+    read_nodes, read_index = parent[predicted_nodes].unique(return_inverse=True)
     return PackedRow(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -248,6 +253,8 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
         longest_scored=max((nodes.numel() for nodes in scored), default=0),
         predicted_nodes=predicted_nodes,
         scored_index=scored_index,
+        read_nodes=read_nodes,
+        read_index=read_index,
         node_counts=node_counts,
         num_tokens=start,
         runs=_runs(end[:start], parent[:start]),

@@ -33,16 +33,22 @@ def compile_layers(model: torch.nn.Module) -> int:
     return len(layers)
 
 
+def stock_forward(cls: Any) -> Any:
+    """The forward pass of a class of layers, without the checkpointing or compilation around it."""
+    forward = getattr(cls, "forward_before_compilation", cls.forward)
+    # Where checkpointing is wrapped around `forward`, each subclass gets a wrapper of its own (`__init_subclass__`).
+    while getattr(getattr(forward, "__code__", None), "co_name", None) == _WRAPPER:
+        forward = forward.__wrapped__
+    return forward
+
+
 @cache
 def _compiled_class(cls: Any) -> Any:
     """A layer class whose instances run rows compiled, by the same name: sharding policies ask for it.
 
     A class and not the instance's own attribute, which deep copies would take along bound to the original's weights.
     """
-    stock: Any = cls.forward
-    # Where checkpointing is wrapped around `forward`, the subclass gets a wrapper of its own (`__init_subclass__`).
-    if getattr(stock, "__code__", None) is not None and stock.__code__.co_name == _WRAPPER:
-        stock = stock.__wrapped__
+    stock = stock_forward(cls)
     compiled = torch._dynamo.config.patch(_LIMITS)(torch.compile(stock, **_OPTIONS))
 
     def forward(self, *args, **kwargs):
@@ -50,4 +56,5 @@ def _compiled_class(cls: Any) -> Any:
         return (compiled if by_row else stock)(self, *args, **kwargs)
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**names, "forward": forward, "runs_rows_compiled": True})
+    own = {"forward": forward, "forward_before_compilation": stock, "runs_rows_compiled": True}
+    return type(cls.__name__, (cls,), names | own)

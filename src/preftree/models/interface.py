@@ -28,7 +28,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from preftree.attention import Rule, Scores, TreeAttention
+from preftree.attention import Attend, Rule, Scores, TreeAttention
 from preftree.packing import PackedRow
 
 # The name says which function serves ordinary batches. Names that contain "flash", "sdpa" or "flex_attention" would
@@ -47,11 +47,15 @@ class ActiveRow:
     Attributes:
         contiguous: hand contiguous tensors to attention: TRL's activation offloading gives back what it stored as such,
             which a compiled kernel's backward pass does not expect of others.
+        wanted: LongTensor ``[N]``, the only tokens that the last layer need be computed at (see `last_layer`), or None.
+        cut: the last layer was computed at these alone.
     """
 
     row: PackedRow
     backend: str
     contiguous: bool = False
+    wanted: torch.Tensor | None = None
+    cut: bool = False
     attention_calls: int = 0
 
 
@@ -59,9 +63,11 @@ _active_row: ContextVar[ActiveRow | None] = ContextVar("preftree_active_row", de
 
 
 @contextmanager
-def activate(row: PackedRow, backend: str, contiguous: bool = False) -> Iterator[ActiveRow]:
+def activate(
+    row: PackedRow, backend: str, contiguous: bool = False, wanted: torch.Tensor | None = None
+) -> Iterator[ActiveRow]:
     """Masks that are made inside belong to ``row``."""
-    active = ActiveRow(row, backend, contiguous)
+    active = ActiveRow(row, backend, contiguous, wanted)
     token = _active_row.set(active)
     try:
         yield active
@@ -76,10 +82,31 @@ def row_is_active() -> bool:
 
 @dataclass
 class RowMask:
-    """What layers receive in place of a mask tensor: attention bound to the row and the family's rule."""
+    """What layers receive in place of a mask tensor.
+
+    Attributes:
+        active: the row.
+        attend: attention bound to the row and the family's rule.
+        tokens: how many tokens the layer is computed at, if not all of the row's.
+    """
 
     active: ActiveRow
-    attend: TreeAttention
+    attend: Attend
+    tokens: int | None = None
+
+    def __call__(self, layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores):
+        """Attention output ``[B, H, S, E]`` for the queries, keys and values of a layer, which is named in errors."""
+        tokens = len(self.active.row) if self.tokens is None else self.tokens
+        if query.shape[2] != tokens or key.shape[2] != tokens:
+            raise NotImplementedError(
+                f"{layer} attends from {query.shape[2]} queries to {key.shape[2]} keys in a row of {tokens}: it does not "
+                "attend token by token"
+            )
+        if self.active.contiguous:
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        out_BHSE = self.attend(query, key, value, scores)
+        self.active.attention_calls += 1
+        return out_BHSE
 
 
 def _rule(mask_function: Callable[..., Any], local_size: int | None) -> Rule:
@@ -138,7 +165,7 @@ def _stock_attention(layer: torch.nn.Module, eager: bool):
 
 
 # For compiled layers: which kernel serves, and what it needs of the row, is found in Python.
-_attend_outside = torch.compiler.disable(TreeAttention.__call__)
+_attend_outside = torch.compiler.disable(RowMask.__call__)
 
 
 def _tree_attention(eager: bool):
@@ -170,18 +197,10 @@ def _tree_attention(eager: bool):
         for name in _UNSUPPORTED_ARGUMENTS:
             if kwargs.get(name) is not None:
                 raise NotImplementedError(f"{type(module).__name__} selects keys by index ({name})")
-        row = attention_mask.active.row
-        if query.shape[2] != len(row) or key.shape[2] != len(row):
-            raise NotImplementedError(
-                f"{type(module).__name__} attends from {query.shape[2]} queries to {key.shape[2]} keys in a row of "
-                f"{len(row)}: it does not attend token by token"
-            )
-        attention_mask.active.attention_calls += 1
-        if attention_mask.active.contiguous:
-            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        attend = _attend_outside if torch.compiler.is_compiling() else TreeAttention.__call__
-        out_BHSE = attend(attention_mask.attend, query, key, value, Scores(scale, softcap, s_aux, position_bias))
+        attend = _attend_outside if torch.compiler.is_compiling() else RowMask.__call__
+        scores = Scores(scale, softcap, s_aux, position_bias)
+        out_BHSE = attend(attention_mask, type(module).__name__, query, key, value, scores)
         return out_BHSE.transpose(1, 2).contiguous(), None
 
     return attention

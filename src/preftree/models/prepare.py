@@ -15,7 +15,7 @@ from preftree.models import interface
 from preftree.models.compiled import compile_layers
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal
-from preftree.models.verify import verify_on_tree
+from preftree.models.verify import cut_last_layer, verify_on_tree
 from preftree.packing import PackedRow
 
 
@@ -92,7 +92,7 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
         prepared = PreparedModel(base, backend)
         base.set_attn_implementation(name)
         if verify:
-            verify_on_tree(prepared)
+            prepared.rounding = verify_on_tree(prepared)
     except Exception as error:
         restore_attention(base, implementation)
         if isinstance(error, NotImplementedError):
@@ -131,7 +131,10 @@ def prepare_model(
     if (prepared := getattr(base, ATTRIBUTE, None)) is not None:
         prepared.backend = backend
     else:
-        setattr(base, ATTRIBUTE, attach_tree_attention(base, backend, verify))
+        prepared = attach_tree_attention(base, backend, verify)
+        if prepared.rounding is not None:
+            cut_last_layer(prepared, prepared.rounding)
+        setattr(base, ATTRIBUTE, prepared)
         base.forward = MethodType(_tree_aware(type(base).forward), base)
     if compile:
         compile_layers(base)

@@ -24,6 +24,8 @@ class PreparedModel:
         model: the transformers model itself (below PEFT's wrapper, if any).
         backend: attention backend as the user named it ("auto", "dense", "flex", "varlen").
         contiguous: see `interface.ActiveRow`.
+        rounding: how far hidden states of a small row may lie from the stock model's (see `verify`); None if not measured.
+        last_layer_at_tokens: the last layer can be computed at some tokens alone (see `last_layer`).
     """
 
     def __init__(self, model: PreTrainedModel, backend: str):
@@ -35,6 +37,8 @@ class PreparedModel:
         self.plain_forward: Callable[..., Any] = model.__dict__.get("forward", self.stock_forward)
         self.backbone = _find_backbone(model)
         self.attention_layers = _num_layers(model)
+        self.rounding: float | None = None
+        self.last_layer_at_tokens = False
 
     @property
     def device(self) -> torch.device:
@@ -60,11 +64,22 @@ class PreparedModel:
         """Final hidden states of a row, ``[S, hidden]`` (see `run`)."""
         return self.run(row).last_hidden_state[0]
 
+    def hidden_states_at(self, row: PackedRow, nodes: torch.Tensor) -> torch.Tensor:
+        """Final hidden states at some of a row's tokens, ``[N, hidden]``.
+
+        Args:
+            nodes: LongTensor ``[N]``, each of them once.
+        """
+        if not (self.last_layer_at_tokens and nodes.numel()):
+            return self.hidden_states(row)[nodes]
+        return self.run(row, wanted=nodes).last_hidden_state[0]
+
     def run(
         self,
         row: PackedRow,
         position_ids: torch.Tensor | None = None,
         forward: Callable[..., Any] | None = None,
+        wanted: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
         """The backbone's output for a row; ``options`` are passed to its forward pass.
@@ -73,12 +88,13 @@ class PreparedModel:
             position_ids: LongTensor ``[S]``, where the model is to place the tokens; without it, at the row's own
                 positions. Windows and chunks count by the row's own positions either way.
             forward: called in place of the backbone.
+            wanted: LongTensor ``[N]``, the tokens that hidden states are given for, each once; None for all of them.
 
         Raises:
             NotImplementedError: if a layer does not attend through the tree.
         """
         device = row.device
-        with interface.activate(row, self.backend, self.contiguous) as active:
+        with interface.activate(row, self.backend, self.contiguous, wanted) as active:
             output = (forward or self.backbone)(
                 input_ids=row.input_ids[None],
                 attention_mask=torch.ones(1, len(row), dtype=torch.long, device=device),
@@ -86,6 +102,8 @@ class PreparedModel:
                 use_cache=False,
                 **options,
             )
+        if wanted is not None and not active.cut:
+            output.last_hidden_state = output.last_hidden_state[:, wanted]
         if active.attention_calls < self.attention_layers:
             raise NotImplementedError(
                 f"{active.attention_calls} of its {self.attention_layers} layers attend through transformers' "

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import torch
 
+from preftree.models.last_layer import add_last_layer_hook
 from preftree.models.prepared import PreparedModel
-from preftree.packing import pack
+from preftree.packing import PackedRow, pack
 from preftree.tree import TokenTree
 
 # Lengths of (prompt, responses) of the trees that are tried; in the first one, two responses begin alike.
@@ -37,8 +38,12 @@ def _trees(vocabulary: int) -> tuple[list[TokenTree], list[list[int]]]:
     return trees, sequences
 
 
+def _row(trees: list[TokenTree]) -> PackedRow:
+    return pack(trees, row_length=sum(len(tree) for tree in trees) + 5)[0]
+
+
 @torch.no_grad()
-def verify_on_tree(prepared: PreparedModel) -> None:
+def verify_on_tree(prepared: PreparedModel) -> float:
     """Compare hidden states of a small row with the stock model's on each of its sequences alone.
 
     What counts as equal is measured: the stock model's own difference between a sequence alone and the same sequence with
@@ -47,6 +52,9 @@ def verify_on_tree(prepared: PreparedModel) -> None:
     Whether it sees the tokens behind is told by exchanging them: the shapes stay the same, so a causal model's hidden
     states do too, whatever its precision.
 
+    Returns:
+        The difference that rounding explains, as `_distance` measures it.
+
     Raises:
         NotImplementedError: if they differ by more than rounding, or the model cannot run a tree.
         ValueError: if the stock model's hidden states are not finite.
@@ -54,7 +62,7 @@ def verify_on_tree(prepared: PreparedModel) -> None:
     model = prepared.model
     device, dtype = prepared.device, prepared.dtype
     trees, sequences = _trees(prepared.vocabulary_size)
-    row = pack(trees, row_length=sum(len(tree) for tree in trees) + 5)[0].to(device)
+    row = _row(trees).to(device)
     was_training = model.training
     model.eval()
     try:
@@ -97,15 +105,41 @@ def verify_on_tree(prepared: PreparedModel) -> None:
                 got = hidden_SH[path.to(device) + first]
                 worst = max(worst, _distance(got, stock.pop(0)))
             first += len(tree)
-        if worst > max(_ROUNDING * noise, _TOLERANCE * scale):
+        allowed = max(_ROUNDING * noise, _TOLERANCE * scale)
+        if worst > allowed:
             raise NotImplementedError(
                 f"hidden states of a small tree differ from the stock model's by {worst:.2g} (rounding explains "
                 f"{noise:.2g}, the largest is {scale:.2g}): its arithmetic depends on a token's place in the row"
             )
         _verify_head(prepared, sequences[0], device)
         _verify_training(prepared, sequences[0], scale)
+        return allowed
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def cut_last_layer(prepared: PreparedModel, allowed: float) -> None:
+    """Let the last layer run at some tokens alone, if the family's code bears it: tried on a small row, like all else.
+
+    Args:
+        allowed: see `verify_on_tree`.
+    """
+    row = _row(_trees(prepared.vocabulary_size)[0]).to(prepared.device)
+    was_training = prepared.model.training
+    prepared.model.eval()
+    expected_NH = prepared.hidden_states(row)[row.read_nodes].double()
+    hook = add_last_layer_hook(prepared.backbone, prepared.attention_layers)
+    try:
+        hidden_NH = prepared.run(row, wanted=row.read_nodes).last_hidden_state[0].double()
+        equal = hidden_NH.shape == expected_NH.shape and _distance(hidden_NH, expected_NH) <= allowed
+    except Exception:  # in whatever way the family's code stumbles: it is run as a whole then
+        equal = False
+    finally:
+        prepared.model.train(was_training)
+    prepared.last_layer_at_tokens = equal
+    if hook is not None and not equal:
+        hook.remove()
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
