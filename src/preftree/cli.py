@@ -299,7 +299,7 @@ def _plan(command: str, argv: Sequence[str]) -> int:
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
     train, _ = _load_datasets(script, args, mixture, tokenizer.chat_template is not None, method)
-    row_length, args.row_length = args.row_length, None
+    row_length, args.row_length = args.given_row_length, None
     dataset = DPOTrainer.tokenize(train, tokenizer, args, config.get_text_config().vocab_size)
     layout = DPOTrainer.layout(args)
     trees = [layout.group(example).tree() for example in dataset]

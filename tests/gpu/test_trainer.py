@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from trl_runs import differences, train
 
 import preftree
+from preftree.trainers.row_length import MOST_TOKENS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -50,6 +51,17 @@ def test_bf16_starts_at_ln_2(path):
     ours = train("preftree", path, dataset(text_pairs(30)), use_cpu=False, bf16=True, max_steps=1)
     assert ours.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert ours.computed["row_tokens"] % 128 == 0  # a static length, for a kernel compiled once
+
+
+def test_row_length_auto(path):
+    """All memory is free for so small a model: rows as long as they get, and the same training."""
+    settings = {"use_cpu": False, "tf32": False, "learning_rate": 1e-3}
+    data = dataset(text_pairs(30))
+    plain, fitted = (train("preftree", path, data, own=own, **settings) for own in ({}, {"row_length": "auto"}))
+    assert fitted._trees.row_length == MOST_TOKENS
+    metrics, parameters = differences(plain, fitted)
+    assert metrics <= 2e-4
+    assert parameters <= 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)

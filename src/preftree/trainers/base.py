@@ -25,6 +25,7 @@ from preftree.trainers.config import upgrade
 from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
 from preftree.trainers.metrics import mean
 from preftree.trainers.preparation import DataPreparation
+from preftree.trainers.row_length import FitRows
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
 
 
@@ -171,6 +172,8 @@ class TreeTrainer(DataPreparation):
         if not isinstance(self.data_collator, TreeCollator):
             self._padded = self.data_collator
             self._trees = self._make_collator()
+            if self.args.row_length == "auto" and self.args.device.type == "cuda":
+                self.add_callback(FitRows(self))
             if not self._user_collator:
                 self.data_collator = self._trees
 
@@ -178,13 +181,17 @@ class TreeTrainer(DataPreparation):
         return TreeCollator(
             pad_token_id=self._pad_token_id,
             layout=self.layout(self.args),
-            row_length=self.args.row_length,
+            row_length=self.args.given_row_length,
             static=self.args.device.type == "cuda",
             share_prefixes=self.args.share_prefixes,
             columns=self.columns,
             reference_columns=self.reference_columns,
             padded=self._padded if self.compute_metrics is not None and self.predicts_logits else None,
         )
+
+    def use_rows_of(self, length: int) -> None:
+        """Pack micro-batches into rows of so many tokens from now on, or of the longest tree in them."""
+        self._trees.row_length, self._trees.grows = length, True
 
     @property
     def _pad_token_id(self) -> int:
@@ -338,7 +345,9 @@ class TreeTrainer(DataPreparation):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _over_ranks(self, count: int) -> int:
-        """Sum of a number over all ranks."""
+        """Sum of a number over all ranks; one rank does not ask its device for what it knows."""
+        if self.args.world_size == 1:
+            return count
         return int(self.accelerator.gather(torch.tensor([count], device=self.args.device)).sum())
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:

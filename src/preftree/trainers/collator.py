@@ -26,6 +26,7 @@ class TreeCollator:
         layout: how an example is read.
         row_length: tokens of a row, the last one of a batch being shorter if it can be (`pack`); None puts the batch into
             one row.
+        grows: rows are longer than that where a tree is.
         static: round a row without a given length up to one of a few lengths, for compiled kernels.
         share_prefixes: False lays every sequence out by itself (packed, but nothing shared): the baseline.
         columns: numbers of an example to hand on, fp32 ``[examples]`` each, where the data have them.
@@ -48,6 +49,7 @@ class TreeCollator:
     pad_token_id: int
     layout: Layout = field(default_factory=Layout)
     row_length: int | None = None
+    grows: bool = False
     static: bool = False
     share_prefixes: bool = True
     columns: tuple[str, ...] = ()
@@ -103,6 +105,8 @@ class TreeCollator:
         row_length = self.row_length
         if row_length is None and self.static:
             row_length = static_length(sum(len(tree) for tree in trees))
+        elif row_length is not None and self.grows:
+            row_length = max(row_length, static_length(max(len(tree) for tree in trees)))
         rows = pack(trees, row_length, self.pad_token_id, shorten_last=True)
         for row in rows:
             row.sequence_ids = torch.tensor([sequence_ids[index] for index in row.sequence_ids.tolist()])

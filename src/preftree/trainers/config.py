@@ -38,11 +38,12 @@ class TreeArguments:
     as many rows as they need.
     """
 
-    row_length: int | None = field(
+    row_length: int | str | None = field(
         default=None,
         metadata={
             "help": "Tokens of a packed row: what one forward pass holds in memory. The examples of a micro-batch are "
-            "packed into as many rows as they need; losses and gradients do not depend on it. None: one row."
+            "packed into as many rows as they need; losses and gradients do not depend on it. None: one row. 'auto': as "
+            "many as fit into the GPU's memory, tried when training begins (on a CPU one row)."
         },
     )
     overlong: str | None = field(
@@ -78,14 +79,27 @@ class TreeArguments:
 
     def check(self) -> None:
         """Raise `ValueError` for a setting that preftree does not know, or that no other one fits."""
-        if self.row_length is not None and self.row_length < 1:
+        if isinstance(self.row_length, str) and self.row_length != "auto":
+            try:
+                self.row_length = int(self.row_length)
+            except ValueError:
+                raise ValueError(f"row_length must be a number or 'auto', got {self.row_length!r}") from None
+        if isinstance(self.row_length, int) and self.row_length < 1:
             raise ValueError(f"row_length must be positive, got {self.row_length}")
+        own: Any = self
+        if self.row_length == "auto" and getattr(own, "deepspeed", None):
+            raise ValueError("row_length='auto' tries rows outside DeepSpeed's own steps: give a number with DeepSpeed")
         if self.overlong is not None and self.overlong not in OVERLONG:
             raise ValueError(f"unknown overlong {self.overlong!r}: choose 'truncate', 'drop' or 'error'")
         if self.attention_backend not in ("auto", *BACKENDS):
             raise ValueError(
                 f"unknown attention_backend {self.attention_backend!r}: choose from auto, {', '.join(BACKENDS)}"
             )
+
+    @property
+    def given_row_length(self) -> int | None:
+        """`row_length` as a number, if it is one."""
+        return self.row_length if isinstance(self.row_length, int) else None
 
     @property
     def compiles_layers(self) -> bool:

@@ -95,7 +95,7 @@ class DataPreparation(Trainer):
             source,
             vocabulary=self._vocabulary,
             layout=layout,
-            row_length=args.row_length,
+            row_length=args.given_row_length,
             overlong=args.overlong,
             share_prefixes=args.share_prefixes,
             cuts=self.cuts_at_max_length,
