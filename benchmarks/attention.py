@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tables import library_versions, write
+from tables import draw, library_versions, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -439,9 +438,9 @@ def compare(case: Case, shape: Shape, repeats: int) -> list[dict[str, object]]:
             row["left_out"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
         else:
             row |= {key: round(value, 4) for key, value in measured.items()}
-            row["forward_tflops"] = round(useful / measured["forward_ms"] / 1e9, 1)
+            row["forward_tflops"] = float(f"{useful / measured['forward_ms'] / 1e9:.4g}")
             if "both_ms" in measured:
-                row["both_tflops"] = round(3.5 * useful / measured["both_ms"] / 1e9, 1)
+                row["both_tflops"] = float(f"{3.5 * useful / measured['both_ms'] / 1e9:.4g}")
         if name == "preftree auto":
             row["backend"] = chosen(case, shape)
         rows.append(row)
@@ -577,38 +576,6 @@ def preparation(small: int, repeats: int) -> list[dict[str, object]]:
     return results
 
 
-def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
-    """Bars: each method's speed over the best dense kernel, case by case."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no picture: matplotlib is not installed")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(row["case"] for row in rows))
-    methods = [
-        m for m in dict.fromkeys(r["method"] for r in rows) if any("both_ms" in r for r in rows if r["method"] == m)
-    ]
-    figure, axes = plt.subplots(figsize=(2 + 1.6 * len(names), 5))
-    width = 0.8 / max(len(methods), 1)
-    for index, method in enumerate(methods):
-        found = {r["case"]: r["both_tflops"] for r in rows if r["method"] == method and "both_tflops" in r}
-        places = [i + width * (index - len(methods) / 2) for i, name in enumerate(names) if name in found]
-        color = plt.get_cmap("tab20").colors[index]
-        axes.bar(places, [found[name] for name in names if name in found], width, label=method, color=color)
-    axes.set_xticks(range(len(names)), [textwrap.fill(name, 22) for name in names], fontsize=7)
-    axes.set_ylabel("TFLOP/s of the shared row's work, forward + backward")
-    axes.set_title(f"{title}\n{versions()}", fontsize=8)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    print(f"wrote {path}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     suites = ("cases", "errors", "preparation", "windows", "lengths")
@@ -634,7 +601,9 @@ def main() -> None:
         else:
             chosen_cases = [case for case in made[suite](small) if options.only in case.name]
             rows = [row for case in chosen_cases for row in compare(case, shape, options.repeats)]
-            draw(rows, options.out / f"attention_{suite}_{machine}.png", f"attention, {suite}")
+            speeds = [(row["case"], row["method"], row["both_tflops"]) for row in rows if "both_tflops" in row]
+            unit = "TFLOP/s of the shared row's work, forward + backward"
+            draw(speeds, options.out / f"attention_{suite}_{machine}.png", f"attention, {suite}\n{versions()}", unit)
         write(rows, options.out / f"attention_{suite}_{machine}.csv", versions() + library_versions())
 
 

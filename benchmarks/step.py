@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 from packing import MEDIANS
-from tables import library_versions, write
+from tables import draw, library_versions, write
 
 ROOT = Path(__file__).parent.parent
 SIDES = ("trl", "packed", "preftree")
@@ -490,7 +490,13 @@ def main() -> None:
     if options.out:
         suites = "_".join(options.suites or ["pairs"])
         machine = card.split()[1].lower() if card else "cpu"
-        write(rows, options.out / f"step_{suites}_{machine}.csv", f"{options.model}; {versions()}{library_versions()}")
+        head = f"{options.model}; {versions()}{library_versions()}"
+        write(rows, options.out / f"step_{suites}_{machine}.csv", head)
+        rates = [(row["case"], row["side"], row["pairs_per_s"]) for row in rows if "pairs_per_s" in row]
+        # Cases differ by orders of magnitude: each side's rate over that of the slowest one.
+        slowest = {case: min(rate for other, _, rate in rates if other == case) for case, *_ in rates}
+        ratios = [(case, side, rate / slowest[case]) for case, side, rate in rates]
+        draw(ratios, options.out / f"step_{suites}_{machine}.png", head, "pairs/s over those of the slowest side")
 
 
 if __name__ == "__main__":

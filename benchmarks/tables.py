@@ -1,8 +1,9 @@
-"""Tables of results, and what they were measured with."""
+"""Tables and pictures of results, and what they were measured with."""
 
 from __future__ import annotations
 
 import csv
+import textwrap
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,3 +31,32 @@ def library_versions() -> str:
         except PackageNotFoundError:
             found += f", no {package}"
     return found
+
+
+def draw(values: Sequence[tuple[str, str, float]], path: Path, title: str, unit: str) -> None:
+    """Bars of ``(case, method, value)``, the methods side by side in each case; says so where matplotlib is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names, methods = (list(dict.fromkeys(value[place] for value in values)) for place in (0, 1))
+    figure, axes = plt.subplots(figsize=(2 + 1.6 * len(names), 5))
+    width = 0.8 / max(len(methods), 1)
+    for index, method in enumerate(methods):
+        found = {case: value for case, other, value in values if other == method}
+        places = [i + width * (index - len(methods) / 2) for i, name in enumerate(names) if name in found]
+        color = plt.get_cmap("tab20")(index % 20)
+        axes.bar(places, [found[name] for name in names if name in found], width, label=method, color=color)
+    axes.set_xticks(range(len(names)), [textwrap.fill(name, 22) for name in names], fontsize=7)
+    axes.set_ylabel(unit)
+    axes.set_title(title, fontsize=8)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"wrote {path}")

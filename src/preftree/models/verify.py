@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from preftree.models.last_layer import add_last_layer_hook
 from preftree.models.prepared import PreparedModel
@@ -125,6 +126,9 @@ def cut_last_layer(prepared: PreparedModel, allowed: float) -> None:
     Args:
         allowed: see `verify_on_tree`.
     """
+    if is_deepspeed_zero3_enabled():
+        # It gathers a layer's weights in the order in which they are first used, each once.
+        return
     row = _row(_trees(prepared.vocabulary_size)[0]).to(prepared.device)
     was_training = prepared.model.training
     prepared.model.eval()

@@ -23,7 +23,7 @@ from preftree.trainers.checks import check_weights, vocabulary_of
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.config import upgrade
 from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
-from preftree.trainers.metrics import mean
+from preftree.trainers.metrics import Metrics, as_floats, mean
 from preftree.trainers.preparation import DataPreparation
 from preftree.trainers.row_length import FitRows
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
@@ -79,7 +79,7 @@ class TreeTrainer(DataPreparation):
         """The share of these sequences in the micro-batch's loss."""
         raise NotImplementedError
 
-    def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
+    def _metrics_of(self, batch: MicroBatch) -> Metrics:
         """What TRL logs of a micro-batch."""
         raise NotImplementedError
 
@@ -338,7 +338,7 @@ class TreeTrainer(DataPreparation):
         values = self._metrics_of(batch)
         if "aux_loss" in batch.scalars:
             values["aux_loss"] = mean(batch.scalars["aux_loss"], self.accelerator.gather)
-        for name, value in values.items():
+        for name, value in as_floats(values).items():
             self._metrics[mode][name].append(value)
         if mode == "train":
             self._total_train_tokens += self._over_ranks(batch.num_tokens) // self._tp_size

@@ -8,6 +8,7 @@ import trl.experimental.cpo
 from preftree.objectives import CPO_LOSSES, PER_TOKEN, LikelihoodOptions, implicit_rewards
 from preftree.trainers.config import CPOConfig
 from preftree.trainers.likelihood import LikelihoodTrainer
+from preftree.trainers.metrics import Metrics
 from preftree.trainers.step import MicroBatch, Terms, mean_nll, pairs_without_reference
 
 
@@ -38,7 +39,7 @@ class CPOTrainer(LikelihoodTrainer, trl.experimental.cpo.CPOTrainer):
         loss = self._weighted_sum(batch, terms, losses)
         return loss + self.cpo_alpha * mean_nll(batch, terms, "chosen") if self.cpo_alpha else loss
 
-    def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
+    def _metrics_of(self, batch: MicroBatch) -> Metrics:
         pairs, per_token = pairs_without_reference(batch), self.loss_type in PER_TOKEN
         logps = implicit_rewards(pairs, per_token, LikelihoodOptions())
         chosen, rejected = implicit_rewards(pairs, per_token, self._options)

@@ -11,7 +11,7 @@ from preftree.objectives import DPO_LOSSES, MIXING, DPOOptions, Pairs, plackett_
 from preftree.packing import PackedRow
 from preftree.trainers.config import LIST_LOSS, DPOConfig
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import entropy, logit_metrics, pair_metrics, token_mean
+from preftree.trainers.metrics import Metrics, entropy, logit_metrics, pair_metrics, token_mean
 from preftree.trainers.referenced import ReferencedTrainer
 from preftree.trainers.step import MicroBatch, Terms, weighted_logps, wpo_weights
 
@@ -86,7 +86,7 @@ class DPOTrainer(ReferencedTrainer, trl.DPOTrainer):
             total = total * terms.side("chosen", "weights") * terms.side("rejected", "weights")
         return self._weighted_sum(batch, terms, total)
 
-    def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
+    def _metrics_of(self, batch: MicroBatch) -> Metrics:
         gather = self.accelerator.gather
         chosen, rejected = batch.side("chosen", "logps"), batch.side("rejected", "logps")
         return {

@@ -19,7 +19,7 @@ from preftree.trainers.checks import PAIR_FIELDS, ROW, check_columns, check_raw,
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.config import KTOConfig
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import entropy
+from preftree.trainers.metrics import Metrics, entropy
 from preftree.trainers.referenced import ReferencedTrainer
 from preftree.trainers.step import MicroBatch, Terms
 
@@ -188,12 +188,12 @@ class KTOTrainer(ReferencedTrainer, trl.KTOTrainer):
         if self.calculate_KL:
             super()._count(self._mismatched)
 
-    def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
+    def _metrics_of(self, batch: MicroBatch) -> Metrics:
         gather = self.accelerator.gather
         logps, ref = batch.side("completion", "logps"), batch.side("completion", "ref")
         tokens, logits = batch.side("completion", "tokens"), batch.side("completion", "mean_logits")
         desirable = batch.columns["label"].to(logps.device).bool()
-        result = {"kl": batch.scalars["kl"].item(), "entropy": entropy(batch, gather, ("completion",))}
+        result: Metrics = {"kl": batch.scalars["kl"], "entropy": entropy(batch, gather, ("completion",))}
         for side, chosen in (("chosen", desirable), ("rejected", ~desirable)):
             values = torch.stack((self.beta * (logps - ref), logps, logits, tokens, torch.ones_like(logps)))
             # Sums over ranks: a rank may have none of a kind.

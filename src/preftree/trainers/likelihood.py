@@ -15,7 +15,7 @@ from trl.trainer.utils import get_config_model_id
 from preftree.trainers.base import TreeTrainer
 from preftree.trainers.checks import columns_of, source_of
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import logit_metrics, mean, pair_metrics
+from preftree.trainers.metrics import Metrics, as_floats, logit_metrics, mean, pair_metrics
 from preftree.trainers.step import MicroBatch, mean_nll
 
 # What TRL's trainers cut at if max_length is None.
@@ -99,7 +99,7 @@ class LikelihoodTrainer(TreeTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _outputs(self, model, inputs, batch: MicroBatch) -> Any:
-        return self._metrics_of(batch)
+        return as_floats(self._metrics_of(batch))
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
@@ -109,7 +109,7 @@ class LikelihoodTrainer(TreeTrainer):
         rewards: tuple[torch.Tensor, torch.Tensor],
         logps: tuple[torch.Tensor, torch.Tensor],
         nll_side: str | None,
-    ) -> dict[str, float]:
+    ) -> Metrics:
         """TRL's metrics of both trainers; ``nll_side`` is what the likelihood term scores, None without one."""
         nll = torch.zeros(1, device=self.args.device)
         if nll_side is not None:
@@ -125,7 +125,7 @@ class LikelihoodTrainer(TreeTrainer):
 
     def _named(self, batch: MicroBatch, mode: str) -> dict[str, float]:
         prefix = "eval_" if mode == "eval" else ""
-        return {prefix + name: value for name, value in self._metrics_of(batch).items()}
+        return {prefix + name: value for name, value in as_floats(self._metrics_of(batch)).items()}
 
     def get_batch_loss_metrics(self, model, batch, train_eval="train"):
         """TRL's evaluation calls this: ``(loss, metrics)`` of a collated batch."""

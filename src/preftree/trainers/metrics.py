@@ -9,6 +9,8 @@ import torch
 from preftree.trainers.step import MicroBatch
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
+# Numbers by name, those of the device still on it (see `as_floats`).
+Metrics = dict[str, torch.Tensor | float]
 
 
 def pair_metrics(
@@ -17,7 +19,7 @@ def pair_metrics(
     chosen_logps: torch.Tensor,
     rejected_logps: torch.Tensor,
     gather: Gather,
-) -> dict[str, float]:
+) -> Metrics:
     """TRL's metrics of pairs, each a mean over the pairs of all ranks; arguments are ``[pairs]``.
 
     Args:
@@ -34,23 +36,31 @@ def pair_metrics(
     return {name: mean(values, gather) for name, values in by_pair.items()}
 
 
-def mean(values: torch.Tensor, gather: Gather) -> float:
+def as_floats(metrics: Metrics) -> dict[str, float]:
+    """Metrics as numbers, all of them read from the device at once: it is waited for once."""
+    tensors = {name: value.float() for name, value in metrics.items() if isinstance(value, torch.Tensor)}
+    numbers = torch.stack(list(tensors.values())).tolist() if tensors else []
+    read = dict(zip(tensors, numbers, strict=True))
+    return {name: read[name] if name in read else float(value) for name, value in metrics.items()}
+
+
+def mean(values: torch.Tensor, gather: Gather) -> torch.Tensor:
     """Mean over the values of all ranks."""
-    return gather(values.flatten()).mean().item()
+    return gather(values.flatten()).mean()
 
 
-def logit_metrics(batch: MicroBatch, gather: Gather, sides: Sequence[str] = ("chosen", "rejected")) -> dict[str, float]:
+def logit_metrics(batch: MicroBatch, gather: Gather, sides: Sequence[str] = ("chosen", "rejected")) -> Metrics:
     """``logits/<side>``: mean over the side's completion tokens, of all ranks, of the mean logit over the vocabulary."""
     return {f"logits/{side}": token_mean(batch, side, "mean_logits", gather) for side in sides}
 
 
-def entropy(batch: MicroBatch, gather: Gather, sides: Sequence[str] = ("chosen", "rejected")) -> float:
+def entropy(batch: MicroBatch, gather: Gather, sides: Sequence[str] = ("chosen", "rejected")) -> torch.Tensor:
     """Mean entropy, in nats, over the completion tokens of the sides, over all ranks."""
     sums = torch.stack([_sums(batch, side, "entropy") for side in sides]).sum(0)
     return _ratio(gather(sums[None]).sum(0))
 
 
-def token_mean(batch: MicroBatch, side: str, name: str, gather: Gather) -> float:
+def token_mean(batch: MicroBatch, side: str, name: str, gather: Gather) -> torch.Tensor:
     """Mean over a side's completion tokens, over all ranks."""
     return _ratio(gather(_sums(batch, side, name)[None]).sum(0))
 
@@ -60,6 +70,7 @@ def _sums(batch: MicroBatch, side: str, name: str) -> torch.Tensor:
     return torch.stack([batch.side(side, name).sum(), batch.side(side, "tokens").sum()])
 
 
-def _ratio(total_and_count: torch.Tensor) -> float:
+def _ratio(total_and_count: torch.Tensor) -> torch.Tensor:
+    """Total over count, zero where there is nothing."""
     total, count = total_and_count
-    return (total / count).item() if count > 0 else 0.0
+    return torch.where(count > 0, total / count, torch.zeros_like(total))

@@ -12,7 +12,7 @@ from preftree.objectives import log_odds, odds_ratio
 from preftree.trainers.config import ORPOConfig
 from preftree.trainers.groups import Layout
 from preftree.trainers.likelihood import LikelihoodTrainer
-from preftree.trainers.metrics import mean
+from preftree.trainers.metrics import Metrics, mean
 from preftree.trainers.step import MicroBatch, Terms, mean_nll, pairs_without_reference
 
 
@@ -37,7 +37,7 @@ class ORPOTrainer(LikelihoodTrainer, trl.experimental.orpo.ORPOTrainer):
         losses = odds_ratio(pairs_without_reference(terms), self.beta)
         return mean_nll(batch, terms, "chosen_whole") + self._weighted_sum(batch, terms, losses)
 
-    def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
+    def _metrics_of(self, batch: MicroBatch) -> Metrics:
         pairs = pairs_without_reference(batch)
         logps = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
         rewards = self.beta * logps[0], self.beta * logps[1]

@@ -15,7 +15,7 @@ from preftree.rewards import sequence_rewards
 from preftree.trainers.base import TreeTrainer
 from preftree.trainers.config import RewardConfig
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import mean
+from preftree.trainers.metrics import Metrics, mean
 from preftree.trainers.step import MicroBatch, Terms
 
 
@@ -65,14 +65,14 @@ class RewardTrainer(TreeTrainer, trl.RewardTrainer):
         losses = bradley_terry(chosen, rejected, margin, self.args.center_rewards_coefficient)
         return self._weighted_sum(batch, terms, losses)
 
-    def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
+    def _metrics_of(self, batch: MicroBatch) -> Metrics:
         chosen, rejected = batch.side("chosen", "rewards"), batch.side("rejected", "rewards")
         gather = self.accelerator.gather
         rewards = gather(torch.cat((chosen, rejected)))
         return {
-            "min_reward": rewards.min().item(),
-            "mean_reward": rewards.mean().item(),
-            "max_reward": rewards.max().item(),
+            "min_reward": rewards.min(),
+            "mean_reward": rewards.mean(),
+            "max_reward": rewards.max(),
             # Means of each rank's means, as in TRL.
             "accuracy": mean((chosen > rejected).float().mean(), gather),
             "margin": mean((chosen - rejected).mean(), gather),

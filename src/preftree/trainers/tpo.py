@@ -11,7 +11,7 @@ from preftree.objectives import PER_TOKEN, TPO_LOSSES, LikelihoodOptions, implic
 from preftree.trainers.base import TreeTrainer
 from preftree.trainers.config import TPOConfig
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import entropy, logit_metrics, pair_metrics, token_mean
+from preftree.trainers.metrics import Metrics, entropy, logit_metrics, pair_metrics, token_mean
 from preftree.trainers.step import MicroBatch, Terms, mean_nll, pairs_without_reference
 
 
@@ -42,7 +42,7 @@ class TPOTrainer(TreeTrainer, trl.experimental.tpo.TPOTrainer):
         loss = self._weighted_sum(batch, terms, losses)
         return loss + self.tpo_alpha * mean_nll(batch, terms, "reference") if self.tpo_alpha else loss
 
-    def _metrics_of(self, batch: MicroBatch) -> dict[str, float]:
+    def _metrics_of(self, batch: MicroBatch) -> Metrics:
         gather = self.accelerator.gather
         per_token = self.loss_type in PER_TOKEN
         chosen, rejected = implicit_rewards(pairs_without_reference(batch), per_token, LikelihoodOptions())
