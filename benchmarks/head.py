@@ -15,13 +15,14 @@ import argparse
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from attention import timed
 from tables import library_versions, write
 
-from preftree.logprobs import _MORE_ON_A_GPU, LOGITS_PER_CHUNK
+from preftree.logprobs import _score_nodes
 from preftree.report import versions
 from preftree.token_scores import _statistics, token_scores
 
@@ -44,17 +45,12 @@ def in_torch(statistics: bool) -> Method:
 
 def by_preftree(statistics: bool, chunked: bool = True) -> Method:
     """As `sequence_logps` does it: chunks whose logits are computed again in the backward pass."""
-    from torch.utils.checkpoint import checkpoint
-
-    def score(hidden, weight, targets):
-        return token_scores(hidden @ weight.T, targets, statistics)["token_logps"]
 
     def run(hidden, weight, targets):
-        size = max(1, LOGITS_PER_CHUNK * _MORE_ON_A_GPU // len(weight))
-        if not chunked or len(hidden) <= size:
-            return score(hidden, weight, targets)
-        parts = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat([checkpoint(score, h, weight, t, use_reentrant=False) for h, t in parts])
+        if not chunked:
+            return token_scores(hidden @ weight.T, targets, statistics)["token_logps"]
+        head: Any = SimpleNamespace(vocabulary_size=len(weight), logits=lambda some: some @ weight.T)
+        return _score_nodes(head, hidden, targets, statistics)["token_logps"]
 
     return run
 

@@ -286,7 +286,9 @@ def run_side(
 
 def collate(trainer: Any, case: Case, micro: int, vocabulary: int) -> list[list[dict[str, Any]]]:
     """The micro-batches of each step."""
-    ranked = hasattr(trainer, "computed")
+    import preftree
+
+    ranked = isinstance(trainer, preftree.DPOTrainer)
     batches = []
     for step, lengths in enumerate(case.lengths):
         examples = random_examples(lengths, step, vocabulary, case.cached, ranked)

@@ -100,7 +100,7 @@ def test_nothing_scored_and_nothing_but_padding():
         out = preftree.sequence_logps(model, row)
         assert not out.logps.any()
         out.logps.sum().backward()
-    prepared_part(model).hidden_states_at(row_of(), torch.zeros(0, dtype=torch.long))
+    prepared_part(model).hidden_states(row_of(), torch.zeros(0, dtype=torch.long))
 
 
 def test_copies_and_ordinary_batches_are_not_cut():
@@ -110,5 +110,5 @@ def test_copies_and_ordinary_batches_are_not_cut():
     assert prepared_part(model).hidden_states(row).shape[0] == len(row)
     nodes = torch.tensor([4, 1, 7])
     torch.testing.assert_close(
-        prepared_part(model).hidden_states_at(row, nodes), prepared_part(model).hidden_states(row)[nodes]
+        prepared_part(model).hidden_states(row, nodes), prepared_part(model).hidden_states(row)[nodes]
     )

@@ -83,18 +83,13 @@ def sequence_logps(
 def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool, experts: bool) -> SequenceLogps:
     # Each scored node once, however many sequences share it. Nothing here asks the device for a size: it would wait.
     nodes = row.predicted_nodes
-    if experts or not nodes.numel():
-        # What routers say is asked of all tokens.
-        options: dict[str, Any] = {"output_router_logits": True} if experts else {}
-        output = prepared.run(row, **options)
-        hidden_SH = output.last_hidden_state[0]
-        hidden_PH = hidden_SH[row.read_nodes]
-    else:
-        hidden_PH = prepared.hidden_states_at(row, row.read_nodes)
+    options: dict[str, Any] = {"output_router_logits": True} if experts else {}
+    output = prepared.run(row, wanted=row.read_nodes, **options)
+    hidden_PH = output.last_hidden_state[0]
     scores = _score_nodes(prepared, hidden_PH[row.read_index], row.input_ids[nodes], statistics)
     if not nodes.numel():
         # Keeps every parameter in the graph, so that a rank without sequences takes part in collectives.
-        scores["token_logps"] = scores["token_logps"] + hidden_SH.sum() * 0
+        scores["token_logps"] = scores["token_logps"] + hidden_PH.sum() * 0
     per_token = {name: value[row.scored_index] for name, value in scores.items()}
     load = {}
     if experts:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
+
+from preftree.kernels import triton_kernels
 
 # The arrays that statistics need beside the logits hold at most this many numbers, to stay in a processor's cache.
 _STATISTICS_PER_CHUNK = 1 << 22
@@ -24,7 +23,7 @@ def token_scores(logits_CV: torch.Tensor, targets_C: torch.Tensor, statistics: b
         "log_sum_sq_probs" (``log sum_v p_v^2``).
     """
     half_or_single = logits_CV.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if logits_CV.is_cuda and half_or_single and (kernels := _triton_kernels()) is not None:
+    if logits_CV.is_cuda and half_or_single and (kernels := triton_kernels("preftree.token_scores_triton")) is not None:
         return kernels.token_scores(logits_CV, targets_C, statistics)
     logits_CV = logits_CV.float()
     log_z_C = logits_CV.logsumexp(-1)
@@ -36,16 +35,6 @@ def token_scores(logits_CV: torch.Tensor, targets_C: torch.Tensor, statistics: b
             each = [_statistics(*part) for part in parts]
             scores |= {name: torch.cat([part[name] for part in each]) for name in each[0]}
     return scores
-
-
-@cache
-def _triton_kernels() -> Any:
-    """The Triton kernels, or None without Triton."""
-    try:
-        from preftree import token_scores_triton
-    except ImportError:
-        return None
-    return token_scores_triton
 
 
 def _statistics(logits_CV: torch.Tensor, log_z_C: torch.Tensor, targets_C: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -6,12 +6,12 @@ would pay for in every row. `mask.visible_blocks` is what both must agree with.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from preftree.attention.mask import Rule, visible_blocks
+from preftree.kernels import triton_kernels
 from preftree.packing import PackedRow
 
 # The longest of the kernels' tiles: the last one reaches so far behind the row's end at most.
@@ -79,13 +79,4 @@ def query_lists(row: PackedRow, rule: Rule, query_block: int, key_block: int) ->
 
 def _triton_kernels(row: PackedRow, rule: Rule) -> Any:
     """The Triton kernels where they can serve, or None."""
-    return _kernels() if row.device.type == "cuda" and rule.known else None
-
-
-@cache
-def _kernels() -> Any:
-    try:
-        from preftree.attention import blocks_triton
-    except ImportError:
-        return None
-    return blocks_triton
+    return triton_kernels("preftree.attention.blocks_triton") if row.device.type == "cuda" and rule.known else None

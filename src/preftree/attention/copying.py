@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 
 from preftree.attention.paths import TILE, PathPlan
+from preftree.kernels import triton_kernels
 
-
-@cache
-def _triton_kernels() -> Any:
-    """The Triton kernels, or None without Triton."""
-    try:
-        from preftree.attention import copying_triton
-    except ImportError:
-        return None
-    return copying_triton
+_KERNELS = "preftree.attention.copying_triton"
 
 
 def copy_to_paths(k_SGD: torch.Tensor, v_SGE: torch.Tensor, plan: PathPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +25,7 @@ def _copy(
     num_keys: int,
     num_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kernels = _triton_kernels() if k_SGD.is_cuda else None
+    kernels = triton_kernels(_KERNELS) if k_SGD.is_cuda else None
     copied = []
     for x in (k_SGD, v_SGE):
         y = x.new_empty((num_keys, *x.shape[1:]))
@@ -63,7 +53,7 @@ def _sum(
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums in float32 at least, rounded once, always in the same order; zeros at the row's padding."""
-    kernels = _triton_kernels() if dk_KGD.is_cuda else None
+    kernels = triton_kernels(_KERNELS) if dk_KGD.is_cuda else None
     summed = []
     for x in (dk_KGD, dv_KGE):
         y = x.new_empty((length, *x.shape[1:]))

@@ -60,19 +60,9 @@ class PreparedModel:
         """Token ids that the model can read."""
         return cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
 
-    def hidden_states(self, row: PackedRow) -> torch.Tensor:
-        """Final hidden states of a row, ``[S, hidden]`` (see `run`)."""
-        return self.run(row).last_hidden_state[0]
-
-    def hidden_states_at(self, row: PackedRow, nodes: torch.Tensor) -> torch.Tensor:
-        """Final hidden states at some of a row's tokens, ``[N, hidden]``.
-
-        Args:
-            nodes: LongTensor ``[N]``, each of them once.
-        """
-        if not (self.last_layer_at_tokens and nodes.numel()):
-            return self.hidden_states(row)[nodes]
-        return self.run(row, wanted=nodes).last_hidden_state[0]
+    def hidden_states(self, row: PackedRow, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Final hidden states of a row, ``[S, hidden]``, or of its wanted tokens, ``[N, hidden]`` (see `run`)."""
+        return self.run(row, wanted=wanted).last_hidden_state[0]
 
     def run(
         self,
@@ -94,7 +84,14 @@ class PreparedModel:
             NotImplementedError: if a layer does not attend through the tree.
         """
         device = row.device
-        with interface.activate(row, self.backend, self.contiguous, wanted) as active:
+        # What routers say is asked of all tokens; and without any token, the last layer's weights would see no gradient.
+        cut = (
+            self.last_layer_at_tokens
+            and wanted is not None
+            and wanted.numel()
+            and "output_router_logits" not in options
+        )
+        with interface.activate(row, self.backend, self.contiguous, wanted if cut else None) as active:
             output = (forward or self.backbone)(
                 input_ids=row.input_ids[None],
                 attention_mask=torch.ones(1, len(row), dtype=torch.long, device=device),

@@ -134,8 +134,9 @@ def cut_last_layer(prepared: PreparedModel, allowed: float) -> None:
     prepared.model.eval()
     expected_NH = prepared.hidden_states(row)[row.read_nodes].double()
     hook = add_last_layer_hook(prepared.backbone, prepared.attention_layers)
+    prepared.last_layer_at_tokens = True
     try:
-        hidden_NH = prepared.run(row, wanted=row.read_nodes).last_hidden_state[0].double()
+        hidden_NH = prepared.hidden_states(row, row.read_nodes).double()
         equal = hidden_NH.shape == expected_NH.shape and _distance(hidden_NH, expected_NH) <= allowed
     except Exception:  # in whatever way the family's code stumbles: it is run as a whole then
         equal = False

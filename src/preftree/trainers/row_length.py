@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def fitting_length(peak_of: Callable[[int], int], free: int, start: int = 2048, 
         ValueError: if not even the shortest row fits.
     """
     lengths = sorted({static_length(tokens) for tokens in range(128, most + 1, 128)})
-    lengths = [length for length in lengths if length <= most] or [most]
+    lengths = lengths[: bisect_right(lengths, most)]
     tried: dict[int, int] = {}
 
     def longest_up_to(tokens: float) -> int:
@@ -70,15 +71,13 @@ def fitting_length(peak_of: Callable[[int], int], free: int, start: int = 2048, 
             # A second point says what memory does not grow with the row.
             length = longest_up_to(best // 2)
             continue
-        untried = [length for length in lengths if length > best and length not in tried and length <= 4 * best]
-        untried = [length for length in untried if expected(length) <= free and length < min(_too_long(tried, free))]
-        if not untried:
+        too_long = min((known for known, peak in tried.items() if peak > free), default=most + 1)
+        further = [
+            other for other in lengths if best < other < too_long and other <= 4 * best and expected(other) <= free
+        ]
+        if not further:
             return best
-        length = untried[-1]
-
-
-def _too_long(tried: dict[int, int], free: int) -> list[float]:
-    return [*(length for length, peak in tried.items() if peak > free), float("inf")]
+        length = further[-1]
 
 
 def pending_optimizer_bytes(optimizer: Any) -> int:
