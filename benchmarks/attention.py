@@ -40,7 +40,6 @@ from preftree.attention.flash import _tables, block_sizes
 from preftree.attention.flex import block_mask
 from preftree.attention.mask import CAUSAL, Rule, sliding_window
 from preftree.attention.paths import plan_paths
-from preftree.attention.varlen_kernels import by_fa4
 from preftree.report import versions
 
 CUDA = torch.cuda.is_available()
@@ -308,12 +307,20 @@ def copied_method(case: Case, shape: Shape):
     def build():
         if not CUDA or isinstance(reason := fa4.library(), str):
             raise Skip("wants a GPU" if not CUDA else reason)
-        row = case.row
-        plan = plan_paths(row, case.rule.window)
-        q, k, v, grad = shape.draw(len(row))
+        window, plan = case.rule.window, plan_paths(case.row, case.rule.window)
+        q, k, v, grad = (x[: plan.num_tokens] for x in shape.draw(len(case.row)))
         q, k, v = leaves(q, *copy_to_paths(k, v, plan))
-        scores = Scores(shape.size**-0.5, sinks=sink_logits(case, shape))
-        return lambda: by_fa4(q, k, v, plan, case.rule.window, scores), [q, k, v], grad
+        options = {
+            "cu_seqlens_q": plan.query_starts,
+            "cu_seqlens_k": plan.key_starts,
+            "max_seqlen_q": plan.longest_queries,
+            "max_seqlen_k": plan.longest_keys,
+            "softmax_scale": shape.size**-0.5,
+            "causal": window is None,
+            "window_size": (None, None) if window is None else (window - 1, 0),
+            "learnable_sink": sink_logits(case, shape),
+        }
+        return lambda: fa4.kernels().flash_attn_varlen_func(q, k, v, **options)[0], [q, k, v], grad
 
     return build
 

@@ -22,6 +22,7 @@ from preftree.attention import (
     flex,
     varlen_kernels,
 )
+from preftree.attention.copying import copy_to_paths
 from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
 from preftree.attention.paths import plan_paths
 from preftree.packing import empty_row
@@ -108,8 +109,9 @@ def attend_like_a_kernel(q_SHD, k_KGD, v_KGE, plan, window, scores):
 def test_one_kernel_over_copied_paths_agrees_with_dense(seed, special, name, monkeypatch):
     asked, plans = [], []
 
-    def kernel(q_SHD, k_KGD, v_KGE, plan, window, scores):
+    def kernel(q_SHD, k_SGD, v_SGE, plan, window, scores):
         plans.append(plan)
+        k_KGD, v_KGE = copy_to_paths(k_SGD, v_SGE, plan)
         return attend_like_a_kernel(q_SHD, k_KGD, v_KGE, plan, window, scores)
 
     monkeypatch.setattr(varlen_kernels, "choose", lambda layer: asked.append(layer) or kernel)

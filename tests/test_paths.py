@@ -122,7 +122,7 @@ def test_plan_against_brute_force(seed, stretch, window):
     places = {}
     for place, node in enumerate(key_list):
         places.setdefault(node, []).append(place)
-    origins = plan.origins.tolist()
+    origins = [offset for offset, _ in plan.origins.tolist()]
     sources = [(node, length, origins[first:last]) for node, length, first, last in plan.sources.tolist()]
     nodes = [node + i for node, length, _ in sources for i in range(length)]
     assert nodes == list(range(row.num_tokens))
@@ -130,6 +130,10 @@ def test_plan_against_brute_force(seed, stretch, window):
         for i in range(node, node + length):
             assert sorted(i + offset for offset in offsets) == places[i]
     assert all(1 <= length <= TILE for _, length, _ in sources)
+    starts = plan.key_starts.tolist()
+    for node, length, first, last in plan.sources.tolist():
+        for offset, block in plan.origins.tolist()[first:last]:
+            assert starts[block] <= node + offset <= node + length - 1 + offset < starts[block + 1]
 
 
 def test_keys_lie_in_place_where_no_block_sees_one_above_it():

@@ -142,6 +142,30 @@ def test_backend_agrees_with_dense(backend, shape, rule, special, monkeypatch):
             assert error <= 2 * allowed + 1e-3 * truth.norm(), (name, length, float(error), float(allowed))
 
 
+@pytest.mark.parametrize("backend", ["varlen", "flash"])
+@pytest.mark.parametrize(("size", "window"), [(64, None), (128, None), (256, None), (128, 300)])
+def test_gradients_of_shared_keys_are_rounded_once(backend, size, window):
+    """Of grouped heads: with as many copies as responses, roundings of each would show in the sum."""
+    prompt, responses = [1] * 300, [[10 + i] * 40 for i in range(12)]
+    tree = preftree.TokenTree.from_sequences([prompt + response for response in responses], [300] * 12)
+    row, rule = preftree.pack([tree], 800)[0].to("cuda"), CAUSAL if window is None else sliding_window(window)
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, n, 800, size, device="cuda").bfloat16() for n in (8, 2, 2, 8)]
+    layer = Layer.of(*tensors[:3], rule, Scores(size**-0.5))
+    if (reason := BACKENDS[backend].refusal(layer)) is not None:
+        pytest.skip(reason)
+
+    def gradients(backend, dtype):
+        *inputs, weight = (x.to(dtype).requires_grad_() for x in tensors)
+        out = BACKENDS[backend].bind(row, rule)(*inputs, Scores(size**-0.5))
+        return [x.double()[:, :, :300] for x in torch.autograd.grad(out, inputs[1:], weight)]
+
+    for exact, found in zip(gradients("dense", torch.float64), gradients(backend, torch.bfloat16), strict=True):
+        # What one rounding costs, and what the kernel's own products of bfloat16 do.
+        rounding = (exact.bfloat16().double() - exact).norm()
+        assert (found - exact).norm() <= 2 * rounding
+
+
 @pytest.mark.parametrize("backend", ["varlen", "flex"])
 def test_same_bits_in_two_runs(backend):
     """The paths' kernel where deterministic algorithms are asked for; FlexAttention anyway."""

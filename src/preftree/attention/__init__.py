@@ -64,7 +64,7 @@ def choose_backend(name: str, layer: Layer, row: PackedRow) -> str:
         return name
     if layer.device != "cuda":
         return "varlen"
-    # In a tie the first is taken: paths' gradients of keys are rounded once more, FlexAttention compiles for each length.
+    # In a tie the first is taken: paths round gradients twice where heads are not grouped, FlexAttention compiles more often.
     able = [backend for backend in ("flash", "varlen", "flex") if BACKENDS[backend].refusal(layer) is None]
     if able == ["varlen"]:
         _warn_of_fallback(layer)

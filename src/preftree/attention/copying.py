@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from preftree.attention.fa4 import TiledSums
 from preftree.attention.paths import TILE, PathPlan
 from preftree.kernels import triton_kernels
 
@@ -53,20 +54,41 @@ def _sum(
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums in float32 at least, rounded once, always in the same order; zeros at the row's padding."""
-    kernels = triton_kernels(_KERNELS) if dk_KGD.is_cuda else None
-    summed = []
-    for x in (dk_KGD, dv_KGE):
-        y = x.new_empty((length, *x.shape[1:]))
-        y[num_tokens:] = 0
-        if kernels is not None:
-            kernels.sum_up(x.contiguous(), y, sources, origins, TILE)
-        else:
-            offsets = origins.tolist()
-            for node, count, first, last in sources.tolist():
-                terms = [x[node + offset : node + offset + count] for offset in offsets[first:last]]
-                y[node : node + count] = torch.stack(terms).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
-        summed.append(y)
-    return summed[0], summed[1]
+    dk_SGD, dv_SGE = (sum_pieces(x, sources, origins, num_tokens, length) for x in (dk_KGD, dv_KGE))
+    return dk_SGD, dv_SGE
+
+
+def sum_pieces(
+    x: torch.Tensor, sources: torch.Tensor, origins: torch.Tensor, num_tokens: int, length: int
+) -> torch.Tensor:
+    """``[K, G, D]`` to ``[length, G, D]``: to each of the row's tokens the sum of its copies."""
+    kernels = triton_kernels(_KERNELS) if x.is_cuda else None
+    y = x.new_empty((length, *x.shape[1:]))
+    y[num_tokens:] = 0
+    if kernels is not None:
+        kernels.sum_up(x.contiguous(), y, sources, origins, TILE)
+        return y
+    offsets = [offset for offset, _ in origins.tolist()]
+    for node, count, first, last in sources.tolist():
+        terms = [x[node + offset : node + offset + count] for offset in offsets[first:last]]
+        y[node : node + count] = torch.stack(terms).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    return y
+
+
+def sum_tiles(
+    tiled: TiledSums,
+    like: torch.Tensor,
+    key_starts: torch.Tensor,
+    sources: torch.Tensor,
+    origins: torch.Tensor,
+    num_tokens: int,
+    length: int,
+) -> torch.Tensor:
+    """Like `sum_pieces`, from a kernel's float32 sums over copies shaped and typed as ``like`` ``[K, G, D]``."""
+    y = like.new_empty((length, *like.shape[1:]))
+    y[num_tokens:] = 0
+    triton_kernels(_KERNELS).sum_up_tiles(tiled, y, sources, origins, key_starts, TILE)
+    return y
 
 
 @_sum.register_fake

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 
@@ -67,3 +69,85 @@ def kernels() -> ModuleType:
     if isinstance(found, str):
         raise NotImplementedError(found)
     return found
+
+
+@dataclass(frozen=True)
+class TiledSums:
+    """Gradients of keys or values as the kernel adds them up over query heads, before their type is converted.
+
+    Block ``b`` of queries has its keys from line ``(key_starts[b] + b * step) // step * step`` on, in whole tiles. Element
+    ``(key, d)`` of a tile lies ``order[key, d]`` elements behind the tile's first, the order being the kernel's own.
+
+    Attributes:
+        sums: ``[G, lines * line]``, float32.
+        order: ``[tile, D]``, int32.
+        step: to how many lines a block's keys are aligned.
+        line: elements of a line.
+        scale: what the sums are to be multiplied by.
+    """
+
+    sums: torch.Tensor
+    order: torch.Tensor
+    step: int
+    line: int
+    scale: float
+
+
+def backward(*args: Any, dk: torch.Tensor, dv: torch.Tensor, **options: Any) -> tuple[tuple, dict[str, TiledSums]]:
+    """The library's backward pass ``(dq, dk, dv, ...)``; of ``"dk"`` and ``"dv"`` the sums in float32, where it has them.
+
+    It has them for grouped heads. ``dk`` and ``dv`` are not written then: who adds up copies of keys rounds once, not each
+    copy and then the sum.
+    """
+    library = kernels()
+    held: dict[str, TiledSums] = {}
+
+    def convert(sums, output, scale, starts, used, *kernel, **more):
+        name = "dk" if output is dk else "dv" if output is dv else None
+        layout = None if name is None else _layout(library, output, kernel, more)
+        if name is None or layout is None:
+            library._bwd_postprocess_convert(sums, output, scale, starts, used, *kernel, **more)
+        else:
+            held[name] = TiledSums(sums, *layout, scale)
+
+    # A copy of the function that calls another conversion: the library itself stays as it is.
+    original = library._flash_attn_bwd
+    names = {**vars(library), "_bwd_postprocess_convert": convert}
+    function = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
+    function.__kwdefaults__ = original.__kwdefaults__
+    return function(*args, dk=dk, dv=dv, **options), held
+
+
+_layouts: dict[tuple, tuple[torch.Tensor, int, int] | None] = {}
+
+
+def _layout(library: ModuleType, like: torch.Tensor, kernel: tuple, more: dict) -> tuple[torch.Tensor, int, int] | None:
+    """``(order, step, line)`` of `TiledSums` as the library's conversion reads them; None if they are not laid out so.
+
+    The conversion is given the numbers of the elements, which shows where it takes each from: two blocks of keys, one key
+    and a tile and a key, in three passes, since its types hold integers up to 256. That reads back from the device, once.
+    """
+    _, _, size, tile, *_ = kernel  # architecture, type, head size, lines of a tile, ...
+    more = {**more, "cu_total_m_blocks": None}
+    key = (like.device, like.dtype, *kernel, *sorted((name, str(value)) for name, value in more.items()))
+    if key not in _layouts:
+        multiple = more.get("hdim_multiple_of", 32)
+        line, step = -(-size // multiple) * multiple, tile * more.get("cluster_size", 1)
+        starts = torch.tensor([0, 1, tile + 2], dtype=torch.int32, device=like.device)
+        lines = -(-(tile + 2 + 3 * step) // step) * step
+        numbers = torch.arange(lines * line, device=like.device)
+        found = torch.zeros(tile + 2, size, dtype=torch.int64, device=like.device)
+        for power in (1, 256, 65536):
+            digits = (numbers // power % 256).float()[None]
+            taken = torch.zeros(tile + 2, 1, size, dtype=like.dtype, device=like.device)
+            library._bwd_postprocess_convert(digits, taken, 1.0, starts, None, *kernel, **more)
+            found += taken[:, 0].long() * power
+        first = (1 + step) // step * step * line
+        order = found[1 : tile + 1] - first
+        regular = (
+            bool(((order >= 0) & (order < tile * line)).all())
+            and bool((found[0] == order[0]).all())
+            and bool((found[tile + 1] == first + tile * line + order[0]).all())
+        )
+        _layouts[key] = (order.int().contiguous(), step, line) if regular else None
+    return _layouts[key]

@@ -73,7 +73,7 @@ class PathPlan:
         copies: ``[pieces, 3]``, ``(from, to, length)``: ``length`` nodes of the row, copied to the keys.
         sources: ``[parts, 4]``, ``(node, length, first, last)``: the gradient of ``length`` nodes is the sum of the pieces
             `origins` ``first`` to ``last``.
-        origins: ``[...]``, what to add to a node to find its copy.
+        origins: ``[..., 2]``, ``(offset, block)``: what to add to a node to find its copy, and whose key the copy is.
     """
 
     num_tokens: int
@@ -108,23 +108,23 @@ def _plan(row: PackedRow, window: int | None) -> PathPlan:
     blocks = query_blocks(row.runs)
     keys = [block.keys(window) for block in blocks]
     pieces, at = [], 0
-    for intervals in keys:
+    for index, intervals in enumerate(keys):
         for start, stop in intervals:
-            pieces.append((start, at, stop - start))
+            pieces.append((start, at, stop - start, index))
             at += stop - start
     parts = _sum_up(pieces)
     query_starts = [0, *(block.stop for block in blocks)]
     key_starts = [0, *accumulate(sum(stop - start for start, stop in intervals) for intervals in keys)]
     copies = [
         (start + offset, to + offset, min(TILE, length - offset))
-        for start, to, length in pieces
+        for start, to, length, _ in pieces
         for offset in range(0, length, TILE)
     ]
     sources: list[tuple[int, int, int, int]] = []
-    origins: list[int] = []
-    for node, length, offsets in parts:
+    origins: list[tuple[int, int]] = []
+    for node, length, copied in parts:
         first = len(origins)
-        origins.extend(offsets)
+        origins.extend(copied)
         sources.extend(
             (node + offset, min(TILE, length - offset), first, len(origins)) for offset in range(0, length, TILE)
         )
@@ -143,25 +143,26 @@ def _plan(row: PackedRow, window: int | None) -> PathPlan:
         key_starts=sent[1],
         copies=sent[2].view(-1, 3),
         sources=sent[3].view(-1, 4),
-        origins=sent[4],
+        origins=sent[4].view(-1, 2),
     )
 
 
-def _sum_up(pieces: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """``(node, length, offsets of the copies)`` for stretches of nodes that have been copied by the same pieces."""
+def _sum_up(pieces: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, tuple[tuple[int, int], ...]]]:
+    """``(node, length, copies)`` for stretches of nodes that have been copied by the same pieces."""
     opening: dict[int, list[int]] = {}
     closing: dict[int, list[int]] = {}
-    for index, (start, _, length) in enumerate(pieces):
+    for index, (start, _, length, _) in enumerate(pieces):
         opening.setdefault(start, []).append(index)
         closing.setdefault(start + length, []).append(index)
     borders = sorted(opening.keys() | closing.keys())
-    parts: list[tuple[int, int, tuple[int, ...]]] = []
-    open_pieces: dict[int, int] = {}
+    parts: list[tuple[int, int, tuple[tuple[int, int], ...]]] = []
+    open_pieces: dict[int, tuple[int, int]] = {}
     for border, following in pairwise(borders):
         for index in closing.get(border, ()):
             del open_pieces[index]
         for index in opening.get(border, ()):
-            open_pieces[index] = pieces[index][1] - pieces[index][0]
+            start, to, _, block = pieces[index]
+            open_pieces[index] = to - start, block
         if open_pieces:
             parts.append((border, following - border, tuple(open_pieces.values())))
     return parts

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from preftree.attention import varlen_kernels
-from preftree.attention.copying import copy_to_paths
 from preftree.attention.layer import Layer
 from preftree.attention.mask import Rule
 from preftree.attention.paths import QueryBlock, plan_paths, query_blocks
@@ -51,8 +50,7 @@ def _by_kernel(kernel, row: PackedRow, rule: Rule, q_BHSD, k_BGSD, v_BGSE, score
     plan = plan_paths(row, rule.window)
     # `squeeze`, not `[0]`: the gradient of a view is a view, of an element a tensor of zeros and a copy.
     q_SHD, k_SGD, v_SGE = (x.squeeze(0).transpose(0, 1) for x in (q_BHSD, k_BGSD, v_BGSE))
-    k_KGD, v_KGE = (k_SGD, v_SGE) if plan.in_place else copy_to_paths(k_SGD, v_SGE, plan)
-    return kernel(q_SHD, k_KGD, v_KGE, plan, rule.window, scores).transpose(0, 1)[None]
+    return kernel(q_SHD, k_SGD, v_SGE, plan, rule.window, scores).transpose(0, 1)[None]
 
 
 class _OneByOne:

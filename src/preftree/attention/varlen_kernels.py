@@ -1,8 +1,8 @@
 """Variable-length kernels that `varlen` can use: FlashAttention-4, or torch's own `varlen_attn` (FlashAttention-2).
 
-Each is a function ``(q [S, H, D], k [K, G, D], v [K, G, E], plan, window, scores) -> out [S, H, E]``, differentiable, for
-the row's queries and keys laid out as in a `PathPlan`: causal from the bottom right, queries being the last keys of their
-block. At the row's padding, which no block holds, outputs are zeros; keys may have padding behind them too.
+Each is a function ``(q [S, H, D], k [S, G, D], v [S, G, E], plan, window, scores) -> out [S, H, E]``, differentiable. Its
+kernel sees keys and values copied to the paths of the `PathPlan`, ``K`` of them, and is causal from the bottom right,
+queries being the last keys of their block. At the row's padding, which no block holds, outputs are zeros.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from preftree.attention import fa4
+from preftree.attention.copying import copy_to_paths, sum_pieces, sum_tiles
 from preftree.attention.layer import Layer
 from preftree.attention.paths import PathPlan
 from preftree.attention.scores import Scores
@@ -54,13 +55,15 @@ def choose(layer: Layer) -> Kernel | None:
     return None
 
 
-def by_torch(q_SHD, k_KGD, v_KGE, plan: PathPlan, window: int | None, scores: Scores) -> torch.Tensor:
+def by_torch(q_SHD, k_SGD, v_SGE, plan: PathPlan, window: int | None, scores: Scores) -> torch.Tensor:
     """torch's `varlen_attn`."""
     from torch.nn.attention.varlen import varlen_attn
 
     heads = q_SHD.shape[1]
-    if len(k_KGD) > plan.num_keys:
-        k_KGD, v_KGE = k_KGD[: plan.num_keys], v_KGE[: plan.num_keys]
+    if plan.in_place:
+        k_KGD, v_KGE = k_SGD[: plan.num_keys], v_SGE[: plan.num_keys]
+    else:
+        k_KGD, v_KGE = copy_to_paths(k_SGD, v_SGE, plan)
     grouped: dict[str, Any] = {}
     if k_KGD.shape[1] != heads and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         grouped["enable_gqa"] = True
@@ -81,15 +84,20 @@ def by_torch(q_SHD, k_KGD, v_KGE, plan: PathPlan, window: int | None, scores: Sc
     return torch.nn.functional.pad(out_THE, (0, 0, 0, 0, 0, len(q_SHD) - plan.num_tokens))
 
 
-def by_fa4(q_SHD, k_KGD, v_KGE, plan: PathPlan, window: int | None, scores: Scores) -> torch.Tensor:
+def by_fa4(q_SHD, k_SGD, v_SGE, plan: PathPlan, window: int | None, scores: Scores) -> torch.Tensor:
     """FlashAttention-4."""
+    k_KGD, v_KGE = k_SGD, v_SGE
+    if not plan.in_place:
+        with torch.no_grad():  # gradients go past the copies, see `_fa4_backward`
+            k_KGD, v_KGE = copy_to_paths(k_SGD, v_SGE, plan)
     out_SHE, _ = _fa4_forward(
         q_SHD,
+        k_SGD,
+        v_SGE,
         k_KGD,
         v_KGE,
         scores.sinks,
-        plan.query_starts,
-        plan.key_starts,
+        [plan.query_starts, plan.key_starts, plan.sources, plan.origins],
         [plan.num_tokens, plan.num_keys, plan.longest_queries, plan.longest_keys],
         window,
         scores.scale,
@@ -98,10 +106,10 @@ def by_fa4(q_SHD, k_KGD, v_KGE, plan: PathPlan, window: int | None, scores: Scor
     return out_SHE
 
 
-def _arguments(query_starts, key_starts, lengths, window, scale) -> dict:
+def _arguments(tables, lengths, window, scale) -> dict:
     return {
-        "cu_seqlens_q": query_starts,
-        "cu_seqlens_k": key_starts,
+        "cu_seqlens_q": tables[0],
+        "cu_seqlens_k": tables[1],
         "max_seqlen_q": lengths[2],
         "max_seqlen_k": lengths[3],
         "causal": window is None,
@@ -114,17 +122,21 @@ def _arguments(query_starts, key_starts, lengths, window, scale) -> dict:
 @torch.library.custom_op("preftree::fa4_varlen_forward", mutates_args=())
 def _fa4_forward(
     q_SHD: torch.Tensor,
+    k_SGD: torch.Tensor,
+    v_SGE: torch.Tensor,
     k_KGD: torch.Tensor,
     v_KGE: torch.Tensor,
     sinks: torch.Tensor | None,
-    query_starts: torch.Tensor,
-    key_starts: torch.Tensor,
+    tables: list[torch.Tensor],
     lengths: list[int],
     window: int | None,
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, and log-sum-exps ``[H, T]`` of the tokens that are not padding, with the sinks' part."""
+    """Output, and log-sum-exps ``[H, T]`` of the tokens that are not padding, with the sinks' part.
+
+    The row's keys and values are here for their gradients, their copies are what is computed with.
+    """
     tokens, keys = lengths[:2]
     out_SHE = q_SHD.new_empty((*q_SHD.shape[:2], v_KGE.shape[-1]))
     out_SHE[tokens:] = 0
@@ -137,13 +149,13 @@ def _fa4_forward(
         pack_gqa=False,
         return_lse=True,
         **fa4.capping(softcap),
-        **_arguments(query_starts, key_starts, lengths, window, scale),
+        **_arguments(tables, lengths, window, scale),
     )
     return out_SHE, lse_HT
 
 
 @_fa4_forward.register_fake
-def _(q_SHD, k_KGD, v_KGE, sinks, query_starts, key_starts, lengths, window, scale, softcap):
+def _(q_SHD, k_SGD, v_SGE, k_KGD, v_KGE, sinks, tables, lengths, window, scale, softcap):
     out_SHE = q_SHD.new_empty((*q_SHD.shape[:2], v_KGE.shape[-1]))
     return out_SHE, q_SHD.new_empty((q_SHD.shape[1], lengths[0]), dtype=torch.float32)
 
@@ -157,53 +169,63 @@ def _fa4_backward(
     out_SHE: torch.Tensor,
     lse_HT: torch.Tensor,
     sinks: torch.Tensor | None,
-    query_starts: torch.Tensor,
-    key_starts: torch.Tensor,
+    tables: list[torch.Tensor],
     lengths: list[int],
     window: int | None,
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys, values and sinks (empty without sinks)."""
+    """Gradients of the row's queries, keys and values, and of sinks (empty without sinks).
+
+    The gradient of a key is the sum over its copies. Where the kernel has float32 sums, they are what is added.
+    """
     tokens, keys = lengths[:2]
-    dq_SHD, dk_KGD, dv_KGE = (x.new_empty(x.shape) for x in (q_SHD, k_KGD, v_KGE))
-    dq_SHD[tokens:], dk_KGD[keys:], dv_KGE[keys:] = 0, 0, 0
-    _, _, _, *dsinks = fa4.kernels()._flash_attn_bwd(
-        q_SHD[:tokens],
-        k_KGD[:keys],
-        v_KGE[:keys],
-        out_SHE[:tokens],
-        grad_SHE[:tokens],
-        lse_HT,
-        dq=dq_SHD[:tokens],
-        dk=dk_KGD[:keys],
-        dv=dv_KGE[:keys],
-        learnable_sink=sinks,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+    options = {
+        "learnable_sink": sinks,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         **fa4.capping(softcap, backward=True),
-        **_arguments(query_starts, key_starts, lengths, window, scale),
-    )
-    return dq_SHD, dk_KGD, dv_KGE, dsinks[0] if sinks is not None else q_SHD.new_empty(0)
+        **_arguments(tables, lengths, window, scale),
+    }
+    dq_SHD, dk_KGD, dv_KGE = (x.new_empty(x.shape) for x in (q_SHD, k_KGD, v_KGE))
+    dq_SHD[tokens:] = 0
+    inputs = (q_SHD[:tokens], k_KGD[:keys], v_KGE[:keys], out_SHE[:tokens], grad_SHE[:tokens], lse_HT)
+    if keys == tokens:
+        dk_KGD[keys:], dv_KGE[keys:] = 0, 0
+        _, _, _, *dsinks = fa4.kernels()._flash_attn_bwd(
+            *inputs, dq=dq_SHD[:tokens], dk=dk_KGD[:keys], dv=dv_KGE[:keys], **options
+        )
+        dk_SGD, dv_SGE = dk_KGD, dv_KGE
+    else:
+        (_, _, _, *dsinks), sums = fa4.backward(*inputs, dq=dq_SHD[:tokens], dk=dk_KGD, dv=dv_KGE, **options)
+        _, key_starts, sources, origins = tables
+        dk_SGD, dv_SGE = (
+            sum_tiles(sums[name], x, key_starts, sources, origins, tokens, len(q_SHD))
+            if name in sums
+            else sum_pieces(x, sources, origins, tokens, len(q_SHD))
+            for name, x in (("dk", dk_KGD), ("dv", dv_KGE))
+        )
+    return dq_SHD, dk_SGD, dv_SGE, dsinks[0] if sinks is not None else q_SHD.new_empty(0)
 
 
 @_fa4_backward.register_fake
 def _(grad_SHE, q_SHD, k_KGD, v_KGE, out_SHE, lse_HT, sinks, *options):
-    gradients = (q_SHD.new_empty(q_SHD.shape), k_KGD.new_empty(k_KGD.shape), v_KGE.new_empty(v_KGE.shape))
+    length = q_SHD.shape[0]
+    gradients = (q_SHD.new_empty(q_SHD.shape), *(x.new_empty((length, *x.shape[1:])) for x in (k_KGD, v_KGE)))
     return *gradients, q_SHD.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
 def _save(ctx, inputs, output):
-    q_SHD, k_KGD, v_KGE, sinks, query_starts, key_starts, *options = inputs
-    ctx.save_for_backward(q_SHD, k_KGD, v_KGE, *output, query_starts, key_starts, *([] if sinks is None else [sinks]))
+    q_SHD, _, _, k_KGD, v_KGE, sinks, tables, *options = inputs
+    ctx.save_for_backward(q_SHD, k_KGD, v_KGE, *output, *tables, *([] if sinks is None else [sinks]))
     ctx.options = options
 
 
 def _differentiate(ctx, grad_SHE, _):
     # The log-sum-exps are for the backward pass alone: nobody gets them, so they have no gradient.
-    q, k, v, out, lse, query_starts, key_starts, *sinks = ctx.saved_tensors
-    sink = sinks[0] if sinks else None
-    dq, dk, dv, dsink = _fa4_backward(grad_SHE, q, k, v, out, lse, sink, query_starts, key_starts, *ctx.options)
-    return dq, dk, dv, dsink if sinks else None, *[None] * 6
+    q, k, v, out, lse, *tables = ctx.saved_tensors
+    sinks = tables.pop() if len(tables) > 4 else None
+    dq, dk, dv, dsinks = _fa4_backward(grad_SHE, q, k, v, out, lse, sinks, tables, *ctx.options)
+    return dq, dk, dv, None, None, None if sinks is None else dsinks, [None] * 4, *[None] * 4
 
 
 _fa4_forward.register_autograd(_differentiate, setup_context=_save)
