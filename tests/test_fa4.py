@@ -7,7 +7,8 @@ import torch
 
 from preftree.attention import fa4
 
-TILE, SIZE, LINE = 48, 20, 32
+# More elements than two bytes can number.
+TILE, SIZE, LINE = 96, 230, 256
 
 
 def conversion(order, cluster=1, shift=0):
