@@ -11,8 +11,10 @@ making of weights and batches included; "first_step_s" is that of a case's first
 trained as all their pairs; TRL is given these one by one.
 
 TFLOP/s count the products of what a side computes, padding left out: 2 operations a weight and token, 4 (head size) (heads)
-(layers) a visible pair, three times that with a backward pass. MFU is their share of the card's dense bf16 rate. With
-``--profile`` two more steps say which kernels the time goes to, and for how long the GPU runs none.
+(layers) a visible pair, three times that with a backward pass. MFU is their share of the card's dense bf16 rate. On a GPU
+steps follow each other as in training: a step's seconds are those between its end and that of the step before on the GPU.
+With ``--profile`` more steps say which kernels the time goes to; "idle" is the share of a step's seconds, as measured before,
+that these kernels do not fill.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +227,7 @@ def run_side(
     results = []
     library = trl if side == "trl" else preftree
     for case in wanted:
-        own = {"row_length": case.row_length, "share_prefixes": side == "preftree", "compile_layers": compiled}
+        own = {"row_length": case.row_length, "share_prefixes": side == "preftree", "compile_layers": compiled or None}
         own = {} if side == "trl" else own
         args = library.DPOConfig(
             **own,
@@ -273,7 +275,7 @@ def run_side(
             result |= {"peak_gb": peak, "first_step_s": first}
             result["compilations_later"] = compilations
             if profiled and cuda:
-                result |= profile_steps(trainer, case, micro, vocabulary)
+                result |= profile_steps(trainer, case, micro, vocabulary, median)
             if not results:
                 result["start_s"] = time.time() - started - sum(seconds)
             results.append(result)
@@ -305,8 +307,8 @@ def take_step(trainer: Any, parts: list[dict[str, Any]]) -> None:
     trainer.model.zero_grad()
 
 
-def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int) -> dict[str, Any]:
-    """Two steps' kernels: milliseconds a step and calls a step, longest first, and the share of time without any."""
+def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int, seconds: float) -> dict[str, Any]:
+    """Two steps' kernels: milliseconds a step and calls a step, longest first, and the share of ``seconds`` without any."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -329,7 +331,7 @@ def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int) -> dict
         {"kernel": name, "ms": sum(times) / steps, "calls": len(times) / steps}
         for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))
     ]
-    return {"idle": 1 - busy / (until - spans[0][0]), "kernels": listed}
+    return {"idle": 1 - busy / 1e6 / steps / seconds, "kernels": listed}
 
 
 def timed_steps(
@@ -344,6 +346,7 @@ def timed_steps(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     seconds: list[float] = []
+    ends: list[Any] = []
     compiled = 0
     for number, parts in enumerate(batches):
         if number == 3:
@@ -351,8 +354,14 @@ def timed_steps(
         started = time.perf_counter()
         take_step(trainer, parts)
         if cuda:
-            torch.cuda.synchronize()
+            if number == 0:
+                torch.cuda.synchronize()
+            ends.append(torch.cuda.Event(enable_timing=True))
+            ends[-1].record()
         seconds.append(time.perf_counter() - started)
+    if cuda:
+        torch.cuda.synchronize()
+        seconds[1:] = [one.elapsed_time(other) / 1e3 for one, other in pairwise(ends)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     if cuda:
         peak = torch.cuda.max_memory_allocated() / 1e9
@@ -443,7 +452,7 @@ def show_profile(result: dict[str, Any], count: int = 16) -> None:
         return
     kernels = result["kernels"]
     total = sum(kernel["ms"] for kernel in kernels)
-    print(f"  {total:.1f} ms of kernels a step, {result['idle']:.1%} of the time without one")
+    print(f"  {total:.1f} ms of kernels a step, {result['idle']:.1%} of its time without one")
     for kernel in kernels[:count]:
         print(
             f"  {kernel['ms']:>9.2f} ms {kernel['ms'] / total:>6.1%} {kernel['calls']:>7.0f} x {kernel['kernel'][:110]}"

@@ -116,7 +116,9 @@ def test_checkpointing_goes_around_the_compiled_code(reentrant, monkeypatch):
     if reentrant:
         model.enable_input_require_grads()
     close(numbers(model, ROWS[0]), expected)
-    assert len(ran) == 2 * once
+    # With reentrant checkpointing the last layer is computed whole; else its keys are made outside, once.
+    assert once == 4
+    assert len(ran) == 2 * 3 + (not reentrant)
 
 
 def test_ordinary_batches_and_generation_are_not_compiled():

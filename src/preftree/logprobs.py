@@ -21,7 +21,7 @@ from preftree.token_scores import token_scores
 # Logits of one chunk hold at most this many numbers (256 MiB in float32), on a GPU four times as many: each chunk adds its
 # gradient to the whole head's.
 LOGITS_PER_CHUNK = 1 << 26
-_MORE_ON_A_GPU = 4
+_MORE_ON_A_GPU = 8
 
 
 @dataclass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from preftree.transfer import is_on, send
 from preftree.tree import TokenTree
 
 
@@ -101,10 +102,23 @@ class PackedRow:
         return replace(self, **changed, derived={})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
-        """The same row with its tensors on ``device``; the row itself if they are there."""
-        if self.input_ids.to(device) is self.input_ids:
+        """The same row with its tensors on ``device``; the row itself if they are there.
+
+        Args:
+            non_blocking: makes no difference: a GPU is not waited for either way.
+        """
+        if is_on(self.device, device):
             return self
-        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.with_tensors(send(self.tensors(), device))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The row's tensors, in the order of its fields."""
+        return [value for entry in fields(self) if isinstance(value := getattr(self, entry.name), torch.Tensor)]
+
+    def with_tensors(self, tensors: Iterable[torch.Tensor]) -> PackedRow:
+        """The same row with others in place of `tensors`."""
+        others = iter(tensors)
+        return self._apply(lambda tensor: next(others))
 
     def pin_memory(self) -> PackedRow:
         """The same row in page-locked memory (a `DataLoader` calls this with ``pin_memory=True``)."""

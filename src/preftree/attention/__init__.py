@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from preftree.attention import cost, dense, flash, flex, varlen
+from preftree.attention import cost, dense, flash, flex, passes, varlen
 from preftree.attention.layer import Layer
 from preftree.attention.mask import CAUSAL, Rule
 from preftree.attention.scores import Scores
@@ -37,8 +37,7 @@ def check_backend(name: str, device: torch.device) -> None:
     if name == "auto":
         return
     backend = _named(name)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    usual = Layer(device.type, capability, torch.bfloat16, 8, 8, 64, 64, CAUSAL)
+    usual = Layer(device.type, _capability(device), torch.bfloat16, 8, 8, 64, 64, CAUSAL)
     if (reason := backend.refusal(usual)) is not None:
         raise NotImplementedError(f"backend {name!r} cannot be used on {device.type!r}: {reason}")
 
@@ -64,11 +63,26 @@ def choose_backend(name: str, layer: Layer, row: PackedRow) -> str:
         return name
     if layer.device != "cuda":
         return "varlen"
-    # In a tie the first is taken: paths round gradients twice where heads are not grouped, FlexAttention compiles more often.
+    # In a tie the first is taken: paths round gradients twice where heads are not grouped.
     able = [backend for backend in ("flash", "varlen", "flex") if BACKENDS[backend].refusal(layer) is None]
     if able == ["varlen"]:
         _warn_of_fallback(layer)
+    if "flash" in able:
+        # FlexAttention, seldom faster and never by much, compiles for each length of rows.
+        able = ["flash", "varlen"]
     return cost.fastest(able, layer, row)
+
+
+def may_use_flex(name: str, device: torch.device) -> bool:
+    """Whether layers on a device may be served by FlexAttention, which wants to be compiled with a row's static length."""
+    if name == "auto":
+        usual = Layer(device.type, _capability(device), torch.bfloat16, 8, 8, 64, 64, CAUSAL)
+        return flex.refusal(usual) is None and flash.refusal(usual) is not None
+    return name == "flex"
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 _warned: set[str] = set()
@@ -106,13 +120,37 @@ class TreeAttention:
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             q_BHSD, k_BGSD, v_BGSE = q_BHSD.to(dtype), k_BGSD.to(dtype), v_BGSE.to(dtype)
+        return self._attend(q_BHSD, k_BGSD, v_BGSE, scores)(q_BHSD, k_BGSD, v_BGSE, scores)
+
+    def forward(
+        self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`passes.forward`; nothing is cast."""
+        return passes.forward(self._attend(q_BHSD, k_BGSD, v_BGSE, scores), q_BHSD, k_BGSD, v_BGSE, scores)
+
+    def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> passes.Gradients:
+        """`passes.backward`."""
+        attend = self._attend(q_BHSD, k_BGSD, v_BGSE, scores)
+        return passes.backward(attend, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores)
+
+    def _attend(self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores) -> Attend:
         layer = Layer.of(q_BHSD, k_BGSD, v_BGSE, self.rule, scores)
         if layer not in self._chosen:
             self._chosen[layer] = choose_backend(self.backend, layer, self.row)
         name = self._chosen[layer]
         if name not in self._bound:
             self._bound[name] = BACKENDS[name].bind(self.row, self.rule)
-        return self._bound[name](q_BHSD, k_BGSD, v_BGSE, scores)
+        return self._bound[name]
 
 
-__all__ = ["BACKENDS", "Attend", "Layer", "Rule", "Scores", "TreeAttention", "check_backend", "choose_backend"]
+__all__ = [
+    "BACKENDS",
+    "Attend",
+    "Layer",
+    "Rule",
+    "Scores",
+    "TreeAttention",
+    "check_backend",
+    "choose_backend",
+    "may_use_flex",
+]

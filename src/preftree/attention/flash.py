@@ -14,6 +14,7 @@ from preftree.attention import fa4
 from preftree.attention.blocks import BlockLists, key_lists, nodes_of, query_lists
 from preftree.attention.layer import Layer
 from preftree.attention.mask import Rule
+from preftree.attention.passes import Gradients
 from preftree.attention.scores import Scores
 from preftree.packing import PackedRow
 
@@ -55,23 +56,31 @@ def _tables(row: PackedRow, rule: Rule, sizes: tuple[tuple[int, int], tuple[int,
 
 def bind(row: PackedRow, rule: Rule):
     """Attention by FlashAttention-4 on this row; made for long rows, at its best from some thousand tokens on."""
+    return _OnRow(row, rule)
 
-    def attend(q_BHSD, k_BGSD, v_BGSE, scores: Scores):
+
+class _OnRow:
+    """Attention bound to a row."""
+
+    def __init__(self, row: PackedRow, rule: Rule):
+        self.row, self.rule = row, rule
+
+    def _options(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores) -> tuple:
         sizes = block_sizes(q_BHSD.shape[-1], v_BGSE.shape[-1])
-        out_BHSE, _ = _forward(
-            q_BHSD,
-            k_BGSD,
-            v_BGSE,
-            scores.sinks,
-            _tables(row, rule, sizes),
-            [*sizes[0], *sizes[1]],
-            not rule.causal,
-            scores.scale,
-            scores.softcap or 0.0,
-        )
+        tables = _tables(self.row, self.rule, sizes)
+        return tables, [*sizes[0], *sizes[1]], not self.rule.causal, scores.scale, scores.softcap or 0.0
+
+    def __call__(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
+        out_BHSE, _ = _forward(q_BHSD, k_BGSD, v_BGSE, scores.sinks, *self._options(q_BHSD, v_BGSE, scores))
         return out_BHSE
 
-    return attend
+    def forward(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
+        return _run_forward(q_BHSD, k_BGSD, v_BGSE, scores.sinks, *self._options(q_BHSD, v_BGSE, scores))
+
+    def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> Gradients:
+        tensors = (grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores.sinks)
+        dq, dk, dv, dsinks = _run_backward(*tensors, *self._options(q_BHSD, v_BGSE, scores))
+        return dq, dk, dv, None if scores.sinks is None else dsinks, None
 
 
 def _mask(nodes: torch.Tensor, lists: list[torch.Tensor], sizes: list[int], from_lowest: bool) -> dict:
@@ -98,8 +107,7 @@ def _order() -> AbstractContextManager[None]:
     return heads_together()
 
 
-@torch.library.custom_op("preftree::flash_forward", mutates_args=())
-def _forward(
+def _run_forward(
     q_BHSD: torch.Tensor,
     k_BGSD: torch.Tensor,
     v_BGSE: torch.Tensor,
@@ -125,6 +133,9 @@ def _forward(
     return out_BSHE.transpose(1, 2), lse_BHS
 
 
+_forward = torch.library.custom_op("preftree::flash_forward", _run_forward, mutates_args=())
+
+
 @_forward.register_fake
 def _(q_BHSD, k_BGSD, v_BGSE, sinks, tables, sizes, from_lowest, scale, softcap):
     batch, heads, length, _ = q_BHSD.shape
@@ -132,8 +143,7 @@ def _(q_BHSD, k_BGSD, v_BGSE, sinks, tables, sizes, from_lowest, scale, softcap)
     return out_BSHE.transpose(1, 2), q_BHSD.new_empty((batch, heads, length), dtype=torch.float32)
 
 
-@torch.library.custom_op("preftree::flash_backward", mutates_args=())
-def _backward(
+def _run_backward(
     grad_BHSE: torch.Tensor,
     q_BHSD: torch.Tensor,
     k_BGSD: torch.Tensor,
@@ -163,6 +173,9 @@ def _backward(
         )
     gradient = dsinks[0] if sinks is not None else q_BHSD.new_empty(0)
     return dq_BSHD.transpose(1, 2), dk_BSGD.transpose(1, 2), dv_BSGE.transpose(1, 2), gradient
+
+
+_backward = torch.library.custom_op("preftree::flash_backward", _run_backward, mutates_args=())
 
 
 @_backward.register_fake

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from preftree.attention import varlen_kernels
 from preftree.attention.layer import Layer
 from preftree.attention.mask import Rule
+from preftree.attention.passes import Gradients, recomputed_backward, recomputed_forward
 from preftree.attention.paths import QueryBlock, plan_paths, query_blocks
 from preftree.attention.scores import Scores, masked_attention, repeat_heads
 from preftree.packing import PackedRow
@@ -28,29 +29,57 @@ def refusal(layer: Layer) -> str | None:
 
 def bind(row: PackedRow, rule: Rule):
     """Attention path by path; exact on every device, through one kernel where there is one for the layer."""
-    one_by_one = None
-    kernels: dict[Layer, varlen_kernels.Kernel | None] = {}
-
-    def attend(q_BHSD, k_BGSD, v_BGSE, scores: Scores):
-        nonlocal one_by_one
-        layer = Layer.of(q_BHSD, k_BGSD, v_BGSE, rule, scores)
-        if layer not in kernels:
-            kernels[layer] = varlen_kernels.choose(layer)
-        kernel = kernels[layer]
-        if kernel is not None and row.num_tokens:
-            return _by_kernel(kernel, row, rule, q_BHSD, k_BGSD, v_BGSE, scores)
-        if one_by_one is None:
-            one_by_one = _OneByOne(row, rule)
-        return one_by_one(q_BHSD, k_BGSD, v_BGSE, scores)
-
-    return attend
+    return _OnRow(row, rule)
 
 
-def _by_kernel(kernel, row: PackedRow, rule: Rule, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
-    plan = plan_paths(row, rule.window)
+class _OnRow:
+    """Attention bound to a row."""
+
+    def __init__(self, row: PackedRow, rule: Rule):
+        self.row, self.rule = row, rule
+        self._one_by_one: _OneByOne | None = None
+        self._kernels: dict[Layer, varlen_kernels.Kernel | None] = {}
+
+    def _kernel(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> varlen_kernels.Kernel | None:
+        """The kernel for a layer; None for blocks one by one."""
+        layer = Layer.of(q_BHSD, k_BGSD, v_BGSE, self.rule, scores)
+        if layer not in self._kernels:
+            self._kernels[layer] = varlen_kernels.choose(layer)
+        return self._kernels[layer] if self.row.num_tokens else None
+
+    def __call__(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
+        kernel = self._kernel(q_BHSD, k_BGSD, v_BGSE, scores)
+        if kernel is not None:
+            plan, window = plan_paths(self.row, self.rule.window), self.rule.window
+            q_SHD, k_SGD, v_SGE = map(_by_token, (q_BHSD, k_BGSD, v_BGSE))
+            return kernel(q_SHD, k_SGD, v_SGE, plan, window, scores).transpose(0, 1)[None]
+        if self._one_by_one is None:
+            self._one_by_one = _OneByOne(self.row, self.rule)
+        return self._one_by_one(q_BHSD, k_BGSD, v_BGSE, scores)
+
+    def forward(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._kernel(q_BHSD, k_BGSD, v_BGSE, scores) is not varlen_kernels.by_fa4:
+            return recomputed_forward(self, q_BHSD, k_BGSD, v_BGSE, scores)
+        plan, window = plan_paths(self.row, self.rule.window), self.rule.window
+        q_SHD, k_SGD, v_SGE = map(_by_token, (q_BHSD, k_BGSD, v_BGSE))
+        out_SHE, lse_HT = varlen_kernels.fa4_forward(q_SHD, k_SGD, v_SGE, plan, window, scores)
+        return out_SHE.transpose(0, 1)[None], F.pad(lse_HT, (0, len(self.row) - plan.num_tokens))[None]
+
+    def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> Gradients:
+        if self._kernel(q_BHSD, k_BGSD, v_BGSE, scores) is not varlen_kernels.by_fa4:
+            return recomputed_backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, scores)
+        plan, window = plan_paths(self.row, self.rule.window), self.rule.window
+        grad, q, k, v, out = map(_by_token, (grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE))
+        lse_HT = lse_BHS.squeeze(0)[:, : plan.num_tokens].contiguous()
+        *by_token, dsinks = varlen_kernels.fa4_backward(grad, q, k, v, out, lse_HT, plan, window, scores)
+        dq, dk, dv = (x.transpose(0, 1)[None] for x in by_token)
+        return dq, dk, dv, None if scores.sinks is None else dsinks, None
+
+
+def _by_token(x_BHSD: torch.Tensor) -> torch.Tensor:
+    """A row's ``[S, H, D]``."""
     # `squeeze`, not `[0]`: the gradient of a view is a view, of an element a tensor of zeros and a copy.
-    q_SHD, k_SGD, v_SGE = (x.squeeze(0).transpose(0, 1) for x in (q_BHSD, k_BGSD, v_BGSE))
-    return kernel(q_SHD, k_SGD, v_SGE, plan, rule.window, scores).transpose(0, 1)[None]
+    return x_BHSD.squeeze(0).transpose(0, 1)
 
 
 class _OneByOne:

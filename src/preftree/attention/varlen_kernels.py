@@ -86,16 +86,35 @@ def by_torch(q_SHD, k_SGD, v_SGE, plan: PathPlan, window: int | None, scores: Sc
 
 def by_fa4(q_SHD, k_SGD, v_SGE, plan: PathPlan, window: int | None, scores: Scores) -> torch.Tensor:
     """FlashAttention-4."""
-    k_KGD, v_KGE = k_SGD, v_SGE
-    if not plan.in_place:
-        with torch.no_grad():  # gradients go past the copies, see `_fa4_backward`
-            k_KGD, v_KGE = copy_to_paths(k_SGD, v_SGE, plan)
-    out_SHE, _ = _fa4_forward(
-        q_SHD,
-        k_SGD,
-        v_SGE,
-        k_KGD,
-        v_KGE,
+    out_SHE, _ = _fa4_forward(q_SHD, k_SGD, v_SGE, *_keys(k_SGD, v_SGE, plan), *_options(plan, window, scores))
+    return out_SHE
+
+
+def fa4_forward(
+    q_SHD, k_SGD, v_SGE, plan: PathPlan, window: int | None, scores: Scores
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `by_fa4`, not differentiable: the output and log-sum-exps ``[H, T]`` of the row's ``T`` tokens."""
+    return _run_fa4_forward(q_SHD, k_SGD, v_SGE, *_keys(k_SGD, v_SGE, plan), *_options(plan, window, scores))
+
+
+def fa4_backward(
+    grad_SHE, q_SHD, k_SGD, v_SGE, out_SHE, lse_HT, plan: PathPlan, window: int | None, scores: Scores
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of queries, keys, values and sinks (empty without sinks), from what `fa4_forward` gave."""
+    # Keys are copied to their paths once more: kept, they would take more memory than the row's own.
+    copied = _keys(k_SGD, v_SGE, plan)
+    return _run_fa4_backward(grad_SHE, q_SHD, *copied, out_SHE, lse_HT, *_options(plan, window, scores))
+
+
+def _keys(k_SGD: torch.Tensor, v_SGE: torch.Tensor, plan: PathPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    if plan.in_place:
+        return k_SGD, v_SGE
+    with torch.no_grad():  # gradients go past the copies, see `_run_fa4_backward`
+        return copy_to_paths(k_SGD, v_SGE, plan)
+
+
+def _options(plan: PathPlan, window: int | None, scores: Scores) -> tuple:
+    return (
         scores.sinks,
         [plan.query_starts, plan.key_starts, plan.sources, plan.origins],
         [plan.num_tokens, plan.num_keys, plan.longest_queries, plan.longest_keys],
@@ -103,7 +122,6 @@ def by_fa4(q_SHD, k_SGD, v_SGE, plan: PathPlan, window: int | None, scores: Scor
         scores.scale,
         scores.softcap or 0.0,
     )
-    return out_SHE
 
 
 def _arguments(tables, lengths, window, scale) -> dict:
@@ -119,8 +137,7 @@ def _arguments(tables, lengths, window, scale) -> dict:
     }
 
 
-@torch.library.custom_op("preftree::fa4_varlen_forward", mutates_args=())
-def _fa4_forward(
+def _run_fa4_forward(
     q_SHD: torch.Tensor,
     k_SGD: torch.Tensor,
     v_SGE: torch.Tensor,
@@ -154,14 +171,16 @@ def _fa4_forward(
     return out_SHE, lse_HT
 
 
+_fa4_forward = torch.library.custom_op("preftree::fa4_varlen_forward", _run_fa4_forward, mutates_args=())
+
+
 @_fa4_forward.register_fake
 def _(q_SHD, k_SGD, v_SGE, k_KGD, v_KGE, sinks, tables, lengths, window, scale, softcap):
     out_SHE = q_SHD.new_empty((*q_SHD.shape[:2], v_KGE.shape[-1]))
     return out_SHE, q_SHD.new_empty((q_SHD.shape[1], lengths[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("preftree::fa4_varlen_backward", mutates_args=())
-def _fa4_backward(
+def _run_fa4_backward(
     grad_SHE: torch.Tensor,
     q_SHD: torch.Tensor,
     k_KGD: torch.Tensor,
@@ -205,6 +224,9 @@ def _fa4_backward(
             for name, x in (("dk", dk_KGD), ("dv", dv_KGE))
         )
     return dq_SHD, dk_SGD, dv_SGE, dsinks[0] if sinks is not None else q_SHD.new_empty(0)
+
+
+_fa4_backward = torch.library.custom_op("preftree::fa4_varlen_backward", _run_fa4_backward, mutates_args=())
 
 
 @_fa4_backward.register_fake

@@ -6,12 +6,15 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._inductor.config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from preftree.models.interface import RowMask
+from preftree.models.interface import KeysReached, RowMask
 
 _WRAPPER = "forward_with_checkpointing"
 _OPTIONS: dict[str, Any] = {"dynamic": True}
+# Fused reductions are chosen by their sizes otherwise, rows on the other side of such a size are compiled once more.
+_UNGUARDED = "mix_order_reduction_non_strict_mode"
 # Compilations of one class's code: with and without gradients, by kind of attention, by what is trained. Dynamo's own limit
 # of 8 would end in layers that run uncompiled.
 _LIMITS: dict[str, Any] = {"recompile_limit": 64, "accumulated_recompile_limit": 1024}
@@ -21,9 +24,10 @@ def compile_layers(model: torch.nn.Module) -> int:
     """Let the decoder layers of a transformers model run rows compiled; returns how many it found.
 
     Layers of one class run the same code, so that the first one's compilation serves all; lengths are symbolic, so that it
-    serves rows of every length. Attention itself stays outside: it has kernels of its own. So does what cannot be compiled
-    (routing by value in a mixture of experts), between compiled parts. Activation checkpointing goes around the compiled
-    code. Ordinary batches and generation run as before. Nothing is compiled until a layer runs.
+    serves rows of every length. Attention is one operator in the compiled code (see `operator`). What cannot be compiled
+    (routing by value in a mixture of experts, FlexAttention, which is compiled for a length) runs between compiled parts.
+    Activation checkpointing goes around the compiled code. Ordinary batches and generation run as before. Nothing is
+    compiled until a layer runs.
     """
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     for layer in layers:
@@ -42,6 +46,29 @@ def stock_forward(cls: Any) -> Any:
     return forward
 
 
+def keys_of(layer: torch.nn.Module) -> Any:
+    """A function of a layer and its arguments, with a mask that `wants_keys`, that gives its keys and values; compiled too."""
+    return getattr(type(layer), "keys_of_row", None) or _keys_of(stock_forward(type(layer)))
+
+
+def _keys_of(forward: Any) -> Any:
+    def keys(layer, *args, **kwargs):
+        try:
+            forward(layer, *args, **kwargs)
+        except KeysReached as reached:
+            return reached.args
+        raise NotImplementedError(f"{type(layer).__name__} does not attend through transformers' attention interface")
+
+    return keys
+
+
+def _compile(function: Any) -> Any:
+    options = dict(_OPTIONS)
+    if "backend" not in options and hasattr(torch._inductor.config.triton, _UNGUARDED):
+        options["options"] = {f"triton.{_UNGUARDED}": True}
+    return torch._dynamo.config.patch(_LIMITS)(torch.compile(function, **options))
+
+
 @cache
 def _compiled_class(cls: Any) -> Any:
     """A layer class whose instances run rows compiled, by the same name: sharding policies ask for it.
@@ -49,7 +76,7 @@ def _compiled_class(cls: Any) -> Any:
     A class and not the instance's own attribute, which deep copies would take along bound to the original's weights.
     """
     stock = stock_forward(cls)
-    compiled = torch._dynamo.config.patch(_LIMITS)(torch.compile(stock, **_OPTIONS))
+    compiled = _compile(stock)
 
     def forward(self, *args, **kwargs):
         by_row = any(isinstance(given, RowMask) for given in (*args, *kwargs.values()))
@@ -57,4 +84,5 @@ def _compiled_class(cls: Any) -> Any:
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     own = {"forward": forward, "forward_before_compilation": stock, "runs_rows_compiled": True}
+    own["keys_of_row"] = staticmethod(_compile(_keys_of(stock)))
     return type(cls.__name__, (cls,), names | own)

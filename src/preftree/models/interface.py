@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +28,9 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from preftree.attention import Attend, Rule, Scores, TreeAttention
+from preftree.attention import Rule, Scores, TreeAttention, may_use_flex
+from preftree.attention.passes import Gradients
+from preftree.models import operator
 from preftree.packing import PackedRow
 
 # The name says which function serves ordinary batches. Names that contain "flash", "sdpa" or "flex_attention" would
@@ -49,6 +51,7 @@ class ActiveRow:
             which a compiled kernel's backward pass does not expect of others.
         wanted: LongTensor ``[N]``, the only tokens that the last layer need be computed at (see `last_layer`), or None.
         cut: the last layer was computed at these alone.
+        masks: those that were made for layers of this forward pass, while it runs.
     """
 
     row: PackedRow
@@ -57,6 +60,7 @@ class ActiveRow:
     wanted: torch.Tensor | None = None
     cut: bool = False
     attention_calls: int = 0
+    masks: list[RowMask] = field(default_factory=list)
 
 
 _active_row: ContextVar[ActiveRow | None] = ContextVar("preftree_active_row", default=None)
@@ -73,6 +77,7 @@ def activate(
         yield active
     finally:
         _active_row.reset(token)
+        active.masks = []  # each holds the row
 
 
 def row_is_active() -> bool:
@@ -80,33 +85,65 @@ def row_is_active() -> bool:
     return _active_row.get() is not None
 
 
-@dataclass
+class KeysReached(Exception):  # noqa: N818
+    """A layer's keys and values: nothing behind them is needed."""
+
+
+@dataclass(eq=False)
 class RowMask:
     """What layers receive in place of a mask tensor.
 
     Attributes:
         active: the row.
         attend: attention bound to the row and the family's rule.
-        tokens: how many tokens the layer is computed at, if not all of the row's.
+        nodes: the tokens that the layer is computed at, if not all of the row's.
+        keys: keys and values of all tokens, for such a layer to attend to in place of its own.
+        wants_keys: attention is not to be computed, its keys and values are thrown as `KeysReached`.
+        handle: for compiled layers, the mask's number (see `operator`); None where attention has to stay outside.
     """
 
     active: ActiveRow
-    attend: Attend
-    tokens: int | None = None
+    attend: Any
+    nodes: torch.Tensor | None = None
+    keys: tuple[torch.Tensor, torch.Tensor] | None = None
+    wants_keys: bool = False
+    handle: torch.Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        self.active.masks.append(self)
+        if not may_use_flex(self.active.backend, self.active.row.device):
+            self.handle = operator.register(self)
 
     def __call__(self, layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores):
-        """Attention output ``[B, H, S, E]`` for the queries, keys and values of a layer, which is named in errors."""
-        tokens = len(self.active.row) if self.tokens is None else self.tokens
-        if query.shape[2] != tokens or key.shape[2] != tokens:
+        """Attention output ``[B, H, N, E]`` for the queries, keys and values of a layer, which is named in errors."""
+        self._check(layer, query, key)
+        if self.active.contiguous:
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        out_BHNE = self.attend(query, key, value, scores)
+        self.active.attention_calls += 1
+        return out_BHNE
+
+    def forward(
+        self, layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output as by a call, not differentiable, and what `backward` wants (see `attention.passes`)."""
+        self._check(layer, query, key)
+        output = self.attend.forward(query, key, value, scores)
+        self.active.attention_calls += 1
+        return output
+
+    def backward(self, grad, query, key, value, out, lse, scores: Scores) -> Gradients:
+        """Gradients of queries, keys, values, sinks and bias."""
+        return self.attend.backward(grad, query, key, value, out, lse, scores)
+
+    def _check(self, layer: str, query: torch.Tensor, key: torch.Tensor) -> None:
+        length = len(self.active.row)
+        tokens = length if self.nodes is None else len(self.nodes)
+        if query.shape[2] != tokens or key.shape[2] != length:
             raise NotImplementedError(
                 f"{layer} attends from {query.shape[2]} queries to {key.shape[2]} keys in a row of {tokens}: it does not "
                 "attend token by token"
             )
-        if self.active.contiguous:
-            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        out_BHSE = self.attend(query, key, value, scores)
-        self.active.attention_calls += 1
-        return out_BHSE
 
 
 def _rule(mask_function: Callable[..., Any], local_size: int | None) -> Rule:
@@ -164,7 +201,7 @@ def _stock_attention(layer: torch.nn.Module, eager: bool):
     return (module.ALL_ATTENTION_FUNCTIONS if module else ALL_ATTENTION_FUNCTIONS)["sdpa"]
 
 
-# For compiled layers: which kernel serves, and what it needs of the row, is found in Python.
+# For compiled layers that attend through FlexAttention: a compiled kernel itself, for this row's length.
 _attend_outside = torch.compiler.disable(RowMask.__call__)
 
 
@@ -198,10 +235,23 @@ def _tree_attention(eager: bool):
             if kwargs.get(name) is not None:
                 raise NotImplementedError(f"{type(module).__name__} selects keys by index ({name})")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        attend = _attend_outside if torch.compiler.is_compiling() else RowMask.__call__
-        scores = Scores(scale, softcap, s_aux, position_bias)
-        out_BHSE = attend(attention_mask, type(module).__name__, query, key, value, scores)
-        return out_BHSE.transpose(1, 2).contiguous(), None
+        if attention_mask.wants_keys:
+            raise KeysReached(key, value)
+        if attention_mask.keys is not None:
+            key, value = attention_mask.keys
+        name = type(module).__name__
+        if torch.compiler.is_compiling() and attention_mask.handle is not None:
+            device = query.device.type
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            handle = attention_mask.handle
+            out_BHNE, _ = operator.row_attention(query, key, value, s_aux, position_bias, handle, scale, softcap, name)
+        else:
+            attend = _attend_outside if torch.compiler.is_compiling() else RowMask.__call__
+            scores = Scores(scale, softcap, s_aux, position_bias)
+            out_BHNE = attend(attention_mask, name, query, key, value, scores)
+        return out_BHNE.transpose(1, 2).contiguous(), None
 
     return attention
 

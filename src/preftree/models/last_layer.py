@@ -8,51 +8,48 @@ these keys. Whether a family's code bears that is tried when a model is prepared
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from preftree.attention import Attend, Scores
-from preftree.models.compiled import stock_forward
+from preftree.attention import Scores
+from preftree.attention.passes import Gradients
+from preftree.models.compiled import keys_of
 from preftree.models.interface import RowMask
-
-
-class _Reached(Exception):  # noqa: N818
-    """Attention has been reached: nothing of the first run is needed behind it."""
-
-
-@dataclass
-class _Keys:
-    """In place of attention in the first run: keeps keys and values."""
-
-    kept: list[torch.Tensor] = field(default_factory=list)
-
-    def __call__(
-        self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores
-    ) -> torch.Tensor:
-        self.kept = [k_BGSD, v_BGSE]
-        raise _Reached
 
 
 @dataclass
 class _AtTokens:
     """In place of attention in the second run: its ``N`` queries meet the keys of all tokens."""
 
-    attend: Attend
+    attend: Any
     nodes: torch.Tensor
-    keys: list[torch.Tensor]
 
     def __call__(
-        self, q_BHND: torch.Tensor, k_BGND: torch.Tensor, v_BGNE: torch.Tensor, scores: Scores
+        self, q_BHND: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
-        k_BGSD, v_BGSE = self.keys
-        batch, heads, _, size = q_BHND.shape
-        # Kernels take one query a token; those of the others are zeros, and so are the gradients of their outputs.
-        q_BHSD = q_BHND.new_zeros((batch, heads, k_BGSD.shape[2], size)).index_copy(2, self.nodes, q_BHND)
+        q_BHSD = self._spread(q_BHND, k_BGSD.shape[2])
         return self.attend(q_BHSD, k_BGSD, v_BGSE, scores).index_select(2, self.nodes)
+
+    def forward(
+        self, q_BHND: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q_BHSD = self._spread(q_BHND, k_BGSD.shape[2])
+        out_BHSE, lse_BHS = self.attend.forward(q_BHSD, k_BGSD, v_BGSE, scores)
+        return out_BHSE.index_select(2, self.nodes), lse_BHS
+
+    def backward(self, grad_BHNE, q_BHND, k_BGSD, v_BGSE, out_BHNE, lse_BHS, scores: Scores) -> Gradients:
+        grad, q, out = (self._spread(x, k_BGSD.shape[2]) for x in (grad_BHNE, q_BHND, out_BHNE))
+        dq, *others = self.attend.backward(grad, q, k_BGSD, v_BGSE, out, lse_BHS, scores)
+        return dq.index_select(2, self.nodes), *others
+
+    def _spread(self, x_BHND: torch.Tensor, length: int) -> torch.Tensor:
+        """Kernels take one query a token; those of the others are zeros, and so are the gradients of their outputs."""
+        batch, heads, _, size = x_BHND.shape
+        x_BSHD = x_BHND.new_zeros((batch, length, heads, size)).index_copy(1, self.nodes, x_BHND.transpose(1, 2))
+        return x_BSHD.transpose(1, 2)
 
 
 def add_last_layer_hook(backbone: torch.nn.Module, num_layers: int) -> RemovableHandle | None:
@@ -71,13 +68,11 @@ def _at_wanted_tokens(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[
     def with_mask(given: Any, other: RowMask) -> Any:
         return other if given is mask else given
 
-    keys = _Keys()
-    first = RowMask(mask.active, keys)
+    first = RowMask(mask.active, mask.attend, wants_keys=True)
     arguments = [with_mask(given, first) for given in args]
-    with suppress(_Reached):
-        stock_forward(type(layer))(layer, *arguments, **{n: with_mask(given, first) for n, given in kwargs.items()})
+    keys = keys_of(layer)(layer, *arguments, **{name: with_mask(given, first) for name, given in kwargs.items()})
     mask.active.cut = True
-    second = RowMask(mask.active, _AtTokens(mask.attend, nodes, keys.kept), tokens=len(nodes))
+    second = RowMask(mask.active, _AtTokens(mask.attend, nodes), nodes, keys)
 
     def cut(given: Any) -> Any:
         if isinstance(given, torch.Tensor):

@@ -99,6 +99,9 @@ class PreparedModel:
                 use_cache=False,
                 **options,
             )
+            # Compiled layers find their masks by number: whoever can go back to these hidden states keeps them.
+            if (origin := output.last_hidden_state.grad_fn) is not None:
+                origin.metadata[ATTRIBUTE] = active.masks
         if wanted is not None and not active.cut:
             output.last_hidden_state = output.last_hidden_state[:, wanted]
         if active.attention_calls < self.attention_layers:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,11 @@ from preftree.models.refusals import active_dropout, disable_dropout
 from preftree.objectives import load_balancing
 from preftree.packing import PackedRow, empty_row
 from preftree.trainers.checks import check_weights, vocabulary_of
-from preftree.trainers.collator import TreeCollator
+from preftree.trainers.collator import TreeBatch, TreeCollator
 from preftree.trainers.config import upgrade
+from preftree.trainers.finite import FiniteLosses
 from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
-from preftree.trainers.metrics import Metrics, as_floats, mean
+from preftree.trainers.metrics import Metrics, Unread, mean
 from preftree.trainers.preparation import DataPreparation
 from preftree.trainers.row_length import FitRows
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
@@ -65,6 +66,8 @@ class TreeTrainer(DataPreparation):
         self._vocabulary = self._vocabulary_of(given)
         self._user_collator = given.get("data_collator") is not None
         self._batch: MicroBatch | None = None
+        self._unread: list[tuple[str, Unread]] = []
+        self._finite_losses = FiniteLosses(False)
         # What training has computed so far on this rank: examples, rows, row_tokens (padding included), tokens, and
         # unshared_tokens (what the same sequences hold one by one).
         self.computed: Counter[str] = Counter()
@@ -165,7 +168,7 @@ class TreeTrainer(DataPreparation):
             prepare_model(
                 self.accelerator.unwrap_model(part, keep_torch_compile=False),
                 self.args.attention_backend,
-                compile=self.args.compiles_layers,
+                compile=self.args.compile_layers or (self.args.compile_layers is None and self.args.torch_compile),
             )
             if (prepared := prepared_part(part)) is not None:
                 prepared.contiguous = getattr(self.args, "activation_offloading", False)
@@ -220,13 +223,32 @@ class TreeTrainer(DataPreparation):
             last = number == len(batch.rows) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = loss + super().training_step(model, {"row": number}, num_items_in_batch)
+            batch.rows[number].derived.clear()
         if batch.gradient is not None:
             loss = batch.gradient.loss / self.current_gradient_accumulation_steps
         self._log_metrics(batch, "train")
         self.computed["examples"] += batch.examples
         self._count(batch)
         self._batch = None
-        return loss
+        return self._finite_losses.replace(loss, self.state.global_step)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self._finite_losses = FiniteLosses(self.args.logging_nan_inf_filter)
+        with self._nan_inf_filter(False):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _nan_inf_filter(self, on: bool) -> Iterator[None]:
+        """While inside, transformers filters losses or not: it would wait for the device after each micro-batch."""
+        given, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, on
+        try:
+            yield
+        finally:
+            self.args.logging_nan_inf_filter = given
+
+    def evaluation_loop(self, *args, **kwargs):
+        with self._nan_inf_filter(self.args.logging_nan_inf_filter or self._finite_losses.on):
+            return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "row" in inputs and self._batch is not None:
@@ -266,7 +288,8 @@ class TreeTrainer(DataPreparation):
     def _micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
         if "rows" not in inputs:  # a collator of the user's, in TRL's padded format
             inputs.update(self._trees.from_padded(inputs))
-        return self._aligned(MicroBatch.from_inputs(self._prepare_inputs(inputs), self.columns))
+        sent = TreeBatch(inputs).to(self.args.device)
+        return self._aligned(MicroBatch.from_inputs(self._prepare_inputs(sent), self.columns))
 
     def _aligned(self, batch: MicroBatch) -> MicroBatch:
         """With as many rows as on every other rank: collectives inside the model would wait for ever otherwise."""
@@ -274,7 +297,7 @@ class TreeTrainer(DataPreparation):
             count = torch.tensor([len(batch.rows)], device=self.args.device)
             most = int(self.accelerator.gather(count).max())
             for _ in range(most - len(batch.rows)):
-                batch.add_empty(empty_row(len(batch.rows[0]), self._pad_token_id))
+                batch.add_empty(empty_row(len(batch.rows[0]), self._pad_token_id).to(self.args.device))
         return batch
 
     def _row_loss(self, model, batch: MicroBatch, number: int) -> torch.Tensor:
@@ -338,11 +361,27 @@ class TreeTrainer(DataPreparation):
         values = self._metrics_of(batch)
         if "aux_loss" in batch.scalars:
             values["aux_loss"] = mean(batch.scalars["aux_loss"], self.accelerator.gather)
-        for name, value in as_floats(values).items():
-            self._metrics[mode][name].append(value)
+        self._keep_metrics(values, mode)
         if mode == "train":
             self._total_train_tokens += self._over_ranks(batch.num_tokens) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _keep_metrics(self, values: Metrics, mode: str) -> None:
+        """Keep a micro-batch's metrics for `log`; until then the device is not asked for them."""
+        self._unread.append((mode, Unread.of(values)))
+
+    def _store_metrics(self, values: dict[str, float], mode: str) -> None:
+        """Hand numbers to what TRL's `log` takes means of."""
+        for name, value in values.items():
+            self._metrics[mode][name].append(value)
+
+    def log(self, logs, *args, **kwargs):
+        unread, self._unread = self._unread, []
+        for mode, values in unread:
+            self._store_metrics(values.read(), mode)
+        if "loss" in logs:
+            self._finite_losses.begin(self.state.global_step)
+        return super().log(logs, *args, **kwargs)
 
     def _over_ranks(self, count: int) -> int:
         """Sum of a number over all ranks; one rank does not ask its device for what it knows."""

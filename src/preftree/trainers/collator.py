@@ -10,6 +10,7 @@ import torch
 
 from preftree.packing import PackedRow, pack, static_length
 from preftree.trainers.groups import RANKED_REFERENCE, SEQUENCES, Group, Layout
+from preftree.transfer import send
 from preftree.tree import TokenTree
 
 # Examples whose prompts differ are merged into one tree if they start with so many equal tokens: sharing fewer saves
@@ -68,7 +69,7 @@ class TreeCollator:
             batch["reference"] = torch.tensor(values, dtype=torch.float32)
         if self.padded is not None:
             batch["padded"] = self.padded(list(examples))
-        return batch
+        return TreeBatch(batch)
 
     def from_padded(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The same batch from TRL's padded format, as a collator of the user's gives it."""
@@ -78,7 +79,7 @@ class TreeCollator:
             result["reference"] = torch.stack([batch[column] for column in self.reference_columns], dim=1).flatten()
         if self.padded is not None:
             result["padded"] = batch
-        return result
+        return TreeBatch(result)
 
     def collate(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Rows of the groups of a batch; a group is never split over two rows."""
@@ -148,6 +149,30 @@ def _merged(groups: Sequence[Group]) -> TokenTree:
         [length for group in groups for length in group.prompt_lengths],
         [count for group in groups for count in group.multiplicities],
     )
+
+
+class TreeBatch(dict[str, Any]):
+    """A collated batch, which goes to a device as a whole: accelerate's data loader asks it to."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TreeBatch:
+        """The same batch with its tensors and rows on ``device``, which is not waited for."""
+        leaves: list[torch.Tensor] = []
+        _map_tensors(self, leaves.append)
+        sent = iter(send(leaves, device))
+        return TreeBatch(_map_tensors(self, lambda tensor: next(sent)))
+
+
+def _map_tensors(given: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """The same structure with a function's values in place of its tensors, called in a fixed order."""
+    if isinstance(given, torch.Tensor):
+        return function(given)
+    if isinstance(given, PackedRow):
+        return given.with_tensors([function(tensor) for tensor in given.tensors()])
+    if isinstance(given, Mapping):
+        return {name: _map_tensors(value, function) for name, value in given.items()}
+    if isinstance(given, (list, tuple)):
+        return type(given)(_map_tensors(value, function) for value in given)
+    return given
 
 
 def _cluster(groups: Sequence[Group], sizes: Sequence[int], row_length: int | None) -> list[list[int]]:

@@ -64,8 +64,7 @@ class TreeArguments:
     compile_layers: bool | None = field(
         default=None,
         metadata={
-            "help": "Run the decoder layers under torch.compile, one compilation for all row lengths. None: with "
-            "`torch_compile`."
+            "help": "Run the decoder layers under torch.compile, one compilation for all row lengths. None: with `torch_compile`."
         },
     )
     share_prefixes: bool = field(
@@ -100,14 +99,6 @@ class TreeArguments:
     def given_row_length(self) -> int | None:
         """`row_length` as a number, if it is one."""
         return self.row_length if isinstance(self.row_length, int) else None
-
-    @property
-    def compiles_layers(self) -> bool:
-        """What `compile_layers` comes to."""
-        if self.compile_layers is not None:
-            return self.compile_layers
-        own: Any = self
-        return bool(own.torch_compile)
 
     def unused_options(self) -> Iterator[tuple[str, str]]:
         """``(option, why)`` of options that are set but have no effect."""

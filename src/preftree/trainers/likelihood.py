@@ -121,7 +121,11 @@ class LikelihoodTrainer(TreeTrainer):
         }
 
     def _log_metrics(self, batch: MicroBatch, mode: str) -> None:
-        self.store_metrics(self._named(batch, mode), train_eval=mode)
+        self._keep_metrics(self._metrics_of(batch), mode)
+
+    def _store_metrics(self, values: dict[str, float], mode: str) -> None:
+        prefix = "eval_" if mode == "eval" else ""
+        self.store_metrics({prefix + name: value for name, value in values.items()}, train_eval=mode)
 
     def _named(self, batch: MicroBatch, mode: str) -> dict[str, float]:
         prefix = "eval_" if mode == "eval" else ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from preftree.trainers.step import MicroBatch
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
-# Numbers by name, those of the device still on it (see `as_floats`).
+# Numbers by name, those of the device still on it (see `Unread`).
 Metrics = dict[str, torch.Tensor | float]
 
 
@@ -36,12 +37,36 @@ def pair_metrics(
     return {name: mean(values, gather) for name, values in by_pair.items()}
 
 
+@dataclass(frozen=True)
+class Unread:
+    """Metrics whose numbers are on the device yet: reading them waits for all that it has been told to do.
+
+    Attributes:
+        names: in their order.
+        known: those that are no tensors.
+        numbers: fp32, the others, in the order of names; None if there are none.
+    """
+
+    names: tuple[str, ...]
+    known: dict[str, float]
+    numbers: torch.Tensor | None
+
+    @classmethod
+    def of(cls, metrics: Metrics) -> Unread:
+        """As one tensor, so that the device is waited for once."""
+        tensors = [value.detach().float() for value in metrics.values() if isinstance(value, torch.Tensor)]
+        known = {name: float(value) for name, value in metrics.items() if not isinstance(value, torch.Tensor)}
+        return cls(tuple(metrics), known, torch.stack(tensors) if tensors else None)
+
+    def read(self) -> dict[str, float]:
+        """The numbers by name."""
+        numbers = iter(self.numbers.tolist() if self.numbers is not None else [])
+        return {name: self.known[name] if name in self.known else next(numbers) for name in self.names}
+
+
 def as_floats(metrics: Metrics) -> dict[str, float]:
-    """Metrics as numbers, all of them read from the device at once: it is waited for once."""
-    tensors = {name: value.float() for name, value in metrics.items() if isinstance(value, torch.Tensor)}
-    numbers = torch.stack(list(tensors.values())).tolist() if tensors else []
-    read = dict(zip(tensors, numbers, strict=True))
-    return {name: read[name] if name in read else float(value) for name, value in metrics.items()}
+    """Metrics as numbers."""
+    return Unread.of(metrics).read()
 
 
 def mean(values: torch.Tensor, gather: Gather) -> torch.Tensor:

@@ -1,0 +1,130 @@
+"""A row's attention as one operator: what compiled layers call, opaque to the compiler.
+
+A layer is compiled once for all rows, so its code may not hold a row. It gets a number instead, as a tensor: the mask of that
+number is looked up when the operator runs, in the forward and in the backward pass. What one keeps for the other goes through
+the compiled code as its own tensors do, so that activation checkpointing drops and makes it again like all else.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import torch
+
+from preftree.attention import Scores
+from preftree.attention.passes import Gradients
+
+
+class Mask(Protocol):
+    """What attends for a row: see `interface.RowMask`."""
+
+    def forward(
+        self, layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exps."""
+        ...
+
+    def backward(self, grad, query, key, value, out, lse, scores: Scores) -> Gradients:
+        """Gradients of queries, keys, values, sinks and bias."""
+        ...
+
+
+_masks: WeakValueDictionary[int, Mask] = WeakValueDictionary()
+_numbers = count()
+
+
+def register(mask: Mask) -> torch.Tensor:
+    """The number under which the operator finds a mask, for as long as somebody holds it: int64, on the CPU."""
+    number = next(_numbers)
+    _masks[number] = mask
+    return torch.tensor(number, device="cpu")
+
+
+def _find(handle: torch.Tensor) -> Mask:
+    mask = _masks.get(int(handle))
+    if mask is None:
+        raise RuntimeError(
+            "the row of this backward pass is gone: it is kept by the hidden states of its forward pass, which nothing "
+            "refers to any more. Compute the loss from them"
+        )
+    return mask
+
+
+@torch.library.custom_op("preftree::row_attention", mutates_args=())
+def row_attention(
+    q_BHND: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSE: torch.Tensor,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    layer: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, H, N, E]``, token by token in memory, and log-sum-exps ``[B, H, S]`` for the backward pass."""
+    scores = Scores(scale, softcap, sinks, bias)
+    out_BHNE, lse_BHS = _find(handle).forward(layer, q_BHND, k_BGSD, v_BGSE, scores)
+    return _token_by_token(out_BHNE), lse_BHS
+
+
+@row_attention.register_fake
+def _(q_BHND, k_BGSD, v_BGSE, sinks, bias, handle, scale, softcap, layer):
+    batch, heads, queries, _ = q_BHND.shape
+    out_BNHE = q_BHND.new_empty((batch, queries, heads, v_BGSE.shape[-1]))
+    return out_BNHE.transpose(1, 2), q_BHND.new_empty((batch, heads, k_BGSD.shape[2]), dtype=torch.float32)
+
+
+@torch.library.custom_op("preftree::row_attention_backward", mutates_args=())
+def _backward(
+    grad_BHNE: torch.Tensor,
+    q_BHND: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSE: torch.Tensor,
+    out_BHNE: torch.Tensor,
+    lse_BHS: torch.Tensor,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of queries, keys, values, sinks and bias; empty of what there is none."""
+    scores = Scores(scale, softcap, sinks, bias)
+    found = _find(handle).backward(grad_BHNE, q_BHND, k_BGSD, v_BGSE, out_BHNE, lse_BHS, scores)
+    given = (q_BHND, k_BGSD, v_BGSE, sinks, bias)
+    dq, dk, dv, dsinks, dbias = (
+        q_BHND.new_empty(0) if x is None else torch.zeros_like(x) if gradient is None else gradient
+        for x, gradient in zip(given, found, strict=True)
+    )
+    return _token_by_token(dq), _token_by_token(dk), _token_by_token(dv), dsinks.contiguous(), dbias.contiguous()
+
+
+@_backward.register_fake
+def _(grad_BHNE, q_BHND, k_BGSD, v_BGSE, out_BHNE, lse_BHS, sinks, bias, handle, scale, softcap):
+    by_token = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHND, k_BGSD, v_BGSE)]
+    return *by_token, *(q_BHND.new_empty(0) if x is None else x.new_empty(x.shape) for x in (sinks, bias))
+
+
+def _token_by_token(x_BHSD: torch.Tensor) -> torch.Tensor:
+    """As ``[B, S, H, D]`` lies in memory, which is how kernels give it and projections want it."""
+    x_BSHD = x_BHSD.transpose(1, 2)
+    return x_BHSD if x_BSHD.is_contiguous() else x_BSHD.contiguous().transpose(1, 2)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.softcap, _ = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+
+
+def _differentiate(ctx, grad_BHNE, _):
+    # The log-sum-exps are for the backward pass alone: nobody gets them, so they have no gradient.
+    saved = ctx.saved_tensors  # once: under activation checkpointing the first look computes them again
+    dq, dk, dv, dsinks, dbias = _backward(grad_BHNE, *saved, ctx.scale, ctx.softcap)
+    *_, sinks, bias, _ = saved
+    return dq, dk, dv, None if sinks is None else dsinks, None if bias is None else dbias, None, None, None, None
+
+
+row_attention.register_autograd(_differentiate, setup_context=_save)
