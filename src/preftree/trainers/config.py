@@ -64,7 +64,8 @@ class TreeArguments:
     compile_layers: bool | None = field(
         default=None,
         metadata={
-            "help": "Run the decoder layers under torch.compile, one compilation for all row lengths. None: with `torch_compile`."
+            "help": "Run the decoder layers under torch.compile, one compilation for all row lengths. None: with "
+            "`torch_compile`."
         },
     )
     share_prefixes: bool = field(
