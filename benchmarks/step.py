@@ -227,7 +227,7 @@ def run_side(
     results = []
     library = trl if side == "trl" else preftree
     for case in wanted:
-        own = {"row_length": case.row_length, "share_prefixes": side == "preftree", "compile_layers": compiled or None}
+        own = {"row_length": case.row_length, "share_prefixes": side == "preftree", "compile_layers": compiled}
         own = {} if side == "trl" else own
         args = library.DPOConfig(
             **own,

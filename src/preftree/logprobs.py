@@ -18,7 +18,7 @@ from preftree.models import PreparedModel, ready_to_run
 from preftree.packing import PackedRow
 from preftree.token_scores import token_scores
 
-# Logits of one chunk hold at most this many numbers (256 MiB in float32), on a GPU four times as many: each chunk adds its
+# Logits of one chunk hold at most this many numbers (256 MiB in float32), on a GPU eight times as many: each chunk adds its
 # gradient to the whole head's.
 LOGITS_PER_CHUNK = 1 << 26
 _MORE_ON_A_GPU = 8

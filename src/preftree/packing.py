@@ -93,14 +93,6 @@ class PackedRow:
     def device(self) -> torch.device:
         return self.input_ids.device
 
-    def _apply(self, function) -> PackedRow:
-        changed: dict[str, Any] = {
-            entry.name: function(value)
-            for entry in fields(self)
-            if isinstance(value := getattr(self, entry.name), torch.Tensor)
-        }
-        return replace(self, **changed, derived={})
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
         """The same row with its tensors on ``device``; the row itself if they are there.
 
@@ -109,20 +101,22 @@ class PackedRow:
         """
         if is_on(self.device, device):
             return self
-        return self.with_tensors(send(self.tensors(), device))
+        return self.with_tensors(send(list(self.tensors.values()), device))
 
-    def tensors(self) -> list[torch.Tensor]:
-        """The row's tensors, in the order of its fields."""
-        return [value for entry in fields(self) if isinstance(value := getattr(self, entry.name), torch.Tensor)]
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The row's tensors by the names of their fields."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def with_tensors(self, tensors: Iterable[torch.Tensor]) -> PackedRow:
-        """The same row with others in place of `tensors`."""
-        others = iter(tensors)
-        return self._apply(lambda tensor: next(others))
+        """The same row with others in place of `tensors`, in their order."""
+        others: dict[str, Any] = dict(zip(self.tensors, tensors, strict=True))
+        return replace(self, **others, derived={})
 
     def pin_memory(self) -> PackedRow:
         """The same row in page-locked memory (a `DataLoader` calls this with ``pin_memory=True``)."""
-        return self._apply(torch.Tensor.pin_memory)
+        return self.with_tensors(tensor.pin_memory() for tensor in self.tensors.values())
 
     def __repr__(self) -> str:
         saved = self.num_unshared_tokens / max(self.num_tokens, 1)

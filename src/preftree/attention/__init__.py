@@ -63,13 +63,12 @@ def choose_backend(name: str, layer: Layer, row: PackedRow) -> str:
         return name
     if layer.device != "cuda":
         return "varlen"
-    # In a tie the first is taken: paths round gradients twice where heads are not grouped.
-    able = [backend for backend in ("flash", "varlen", "flex") if BACKENDS[backend].refusal(layer) is None]
+    # In a tie the first is taken: paths round gradients twice where heads are not grouped. FlexAttention, which compiles for
+    # each length of rows, is seldom faster than flash and never by much.
+    candidates = ("flash", "varlen") if flash.refusal(layer) is None else ("varlen", "flex")
+    able = [backend for backend in candidates if BACKENDS[backend].refusal(layer) is None]
     if able == ["varlen"]:
         _warn_of_fallback(layer)
-    if "flash" in able:
-        # FlexAttention, seldom faster and never by much, compiles for each length of rows.
-        able = ["flash", "varlen"]
     return cost.fastest(able, layer, row)
 
 
@@ -77,7 +76,7 @@ def may_use_flex(name: str, device: torch.device) -> bool:
     """Whether layers on a device may be served by FlexAttention, which wants to be compiled with a row's static length."""
     if name == "auto":
         usual = Layer(device.type, _capability(device), torch.bfloat16, 8, 8, 64, 64, CAUSAL)
-        return flex.refusal(usual) is None and flash.refusal(usual) is not None
+        return flash.refusal(usual) is not None and flex.refusal(usual) is None
     return name == "flex"
 
 
@@ -99,6 +98,17 @@ def _warn_of_fallback(layer: Layer) -> None:
         )
 
 
+def as_autocast(
+    q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, under autocast cast as scaled dot-product attention casts them."""
+    device = q_BHSD.device.type
+    if not torch.is_autocast_enabled(device):
+        return q_BHSD, k_BGSD, v_BGSE
+    dtype = torch.get_autocast_dtype(device)
+    return q_BHSD.to(dtype), k_BGSD.to(dtype), v_BGSE.to(dtype)
+
+
 class TreeAttention:
     """Attention bound to a row and a family's rule, for the layers of one forward pass to call.
 
@@ -116,10 +126,7 @@ class TreeAttention:
         self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """Attention output ``[B, H, S, E]``."""
-        device = q_BHSD.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            q_BHSD, k_BGSD, v_BGSE = q_BHSD.to(dtype), k_BGSD.to(dtype), v_BGSE.to(dtype)
+        q_BHSD, k_BGSD, v_BGSE = as_autocast(q_BHSD, k_BGSD, v_BGSE)
         return self._attend(q_BHSD, k_BGSD, v_BGSE, scores)(q_BHSD, k_BGSD, v_BGSE, scores)
 
     def forward(
@@ -150,6 +157,7 @@ __all__ = [
     "Rule",
     "Scores",
     "TreeAttention",
+    "as_autocast",
     "check_backend",
     "choose_backend",
     "may_use_flex",

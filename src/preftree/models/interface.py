@@ -28,7 +28,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from preftree.attention import Rule, Scores, TreeAttention, may_use_flex
+from preftree.attention import Rule, Scores, TreeAttention, as_autocast, may_use_flex
 from preftree.attention.passes import Gradients
 from preftree.models import operator
 from preftree.packing import PackedRow
@@ -141,7 +141,7 @@ class RowMask:
         tokens = length if self.nodes is None else len(self.nodes)
         if query.shape[2] != tokens or key.shape[2] != length:
             raise NotImplementedError(
-                f"{layer} attends from {query.shape[2]} queries to {key.shape[2]} keys in a row of {tokens}: it does not "
+                f"{layer} attends from {query.shape[2]} queries to {key.shape[2]} keys in a row of {length}: it does not "
                 "attend token by token"
             )
 
@@ -241,10 +241,7 @@ def _tree_attention(eager: bool):
             key, value = attention_mask.keys
         name = type(module).__name__
         if torch.compiler.is_compiling() and attention_mask.handle is not None:
-            device = query.device.type
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-                query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            query, key, value = as_autocast(query, key, value)
             handle = attention_mask.handle
             out_BHNE, _ = operator.row_attention(query, key, value, s_aux, position_bias, handle, scale, softcap, name)
         else:

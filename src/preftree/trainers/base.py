@@ -168,7 +168,7 @@ class TreeTrainer(DataPreparation):
             prepare_model(
                 self.accelerator.unwrap_model(part, keep_torch_compile=False),
                 self.args.attention_backend,
-                compile=self.args.compile_layers or (self.args.compile_layers is None and self.args.torch_compile),
+                compile=self.args.compiles_layers,
             )
             if (prepared := prepared_part(part)) is not None:
                 prepared.contiguous = getattr(self.args, "activation_offloading", False)
@@ -319,7 +319,6 @@ class TreeTrainer(DataPreparation):
         """
         row = batch.rows[number]
         out = sequence_logps(model, row, statistics=not again, experts=self._aux_coefficient is not None)
-        row = row.to(self.args.device)
         values = self._policy_terms(row, out)
         if not again:
             values |= self._more_terms(batch, row, out)

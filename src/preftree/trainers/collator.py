@@ -167,7 +167,7 @@ def _map_tensors(given: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(given, torch.Tensor):
         return function(given)
     if isinstance(given, PackedRow):
-        return given.with_tensors([function(tensor) for tensor in given.tensors()])
+        return given.with_tensors(function(tensor) for tensor in given.tensors.values())
     if isinstance(given, Mapping):
         return {name: _map_tensors(value, function) for name, value in given.items()}
     if isinstance(given, (list, tuple)):

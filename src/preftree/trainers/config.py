@@ -101,6 +101,14 @@ class TreeArguments:
         """`row_length` as a number, if it is one."""
         return self.row_length if isinstance(self.row_length, int) else None
 
+    @property
+    def compiles_layers(self) -> bool:
+        """What `compile_layers` comes to."""
+        if self.compile_layers is not None:
+            return self.compile_layers
+        own: Any = self
+        return bool(own.torch_compile)
+
     def unused_options(self) -> Iterator[tuple[str, str]]:
         """``(option, why)`` of options that are set but have no effect."""
         return iter(())

@@ -165,7 +165,6 @@ class KTOTrainer(ReferencedTrainer, trl.KTOTrainer):
         with torch.no_grad():
             for row in kl_batch.rows:
                 logps = sequence_logps(model, row).logps
-                row = row.to(self.args.device)
                 kl_batch.record(row, ratio=logps - self._reference_logps(row, kl_batch))
         # The mean over this rank's examples, then over ranks, as in TRL.
         means = self.accelerator.gather_for_metrics(kl_batch.values["ratio"].mean())

@@ -124,17 +124,12 @@ class LikelihoodTrainer(TreeTrainer):
         self._keep_metrics(self._metrics_of(batch), mode)
 
     def _store_metrics(self, values: dict[str, float], mode: str) -> None:
-        prefix = "eval_" if mode == "eval" else ""
-        self.store_metrics({prefix + name: value for name, value in values.items()}, train_eval=mode)
-
-    def _named(self, batch: MicroBatch, mode: str) -> dict[str, float]:
-        prefix = "eval_" if mode == "eval" else ""
-        return {prefix + name: value for name, value in as_floats(self._metrics_of(batch)).items()}
+        self.store_metrics(_named(values, mode), train_eval=mode)
 
     def get_batch_loss_metrics(self, model, batch, train_eval="train"):
         """TRL's evaluation calls this: ``(loss, metrics)`` of a collated batch."""
         micro_batch, loss = self._whole_loss(model, batch)
-        return loss, self._named(micro_batch, train_eval)
+        return loss, _named(as_floats(self._metrics_of(micro_batch)), train_eval)
 
     def evaluation_loop(self, *args, **kwargs):
         # `generate_during_eval` collates a padded batch of its own; the loop's batches are collated already.
@@ -143,3 +138,9 @@ class LikelihoodTrainer(TreeTrainer):
             return super().evaluation_loop(*args, **kwargs)
         finally:
             self.data_collator = given
+
+
+def _named(values: dict[str, float], mode: str) -> dict[str, float]:
+    """Metrics by the names that TRL logs them under."""
+    prefix = "eval_" if mode == "eval" else ""
+    return {prefix + name: value for name, value in values.items()}

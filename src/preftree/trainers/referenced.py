@@ -74,7 +74,6 @@ class ReferencedTrainer(TreeTrainer):
     def _reference_of(self, batch: MicroBatch) -> list[torch.Tensor]:
         """The reference's log-probabilities of each example's sequences."""
         for row in batch.rows:
-            row = row.to(self.args.device)
             values = self._run_row_of_reference(row)
             if row.num_sequences:
                 batch.record(row, ref=values)
