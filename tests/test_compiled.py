@@ -1,6 +1,7 @@
 """Compiled layers: the numbers of the layers as they are, one compilation for all layers and lengths, only for rows."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from oracle import random_sequences
 from torch._dynamo.utils import counters
 
 import preftree
-from preftree.models import compiled
-from preftree.models.compiled import compile_layers
+from preftree.attention import Rule, Scores, TreeAttention
+from preftree.models import compiled, interface, operator
+from preftree.models.compiled import compile_layers, worth_compiling
 
 
 @pytest.fixture
@@ -48,6 +50,7 @@ def numbers(model, row):
     """Log-probabilities and every gradient of an uneven sum of them."""
     model.zero_grad()
     out = preftree.sequence_logps(model, row)
+    gc.collect()  # what the backward pass needs is kept by the graph
     (out.logps * torch.arange(1, len(out.logps) + 1)).sum().backward()
     return [out.logps.detach(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]]
 
@@ -144,3 +147,77 @@ def test_classes_keep_their_names_and_copies_run_their_own_weights():
     halved = preftree.prepare_model(exact_model("llama"))
     halved.load_state_dict(other.state_dict())
     close(numbers(other, ROWS[1]), numbers(halved, ROWS[1]))
+
+
+def test_layers_that_do_not_compile_run_as_they_are(monkeypatch):
+    """Only where nobody has asked for compilation by name."""
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setitem(compiled._OPTIONS, "backend", broken)
+    model = preftree.prepare_model(exact_model("llama")).train()
+    expected = numbers(model, ROWS[0])
+    asked = copy.deepcopy(model)
+    assert compile_layers(model, or_stock=True) == 3
+    with pytest.warns(UserWarning, match="(?s)LlamaDecoderLayer does not compile.*no compiler here"):
+        close(numbers(model, ROWS[0]), expected)
+    compile_layers(asked)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no compiler here"):
+        numbers(asked, ROWS[0])
+
+
+def test_nothing_is_compiled_on_a_cpu_unasked():
+    model = exact_model("llama")
+    assert not worth_compiling(model)
+    preftree.prepare_model(model, compile=None)
+    assert not hasattr(model.model.layers[0], "runs_rows_compiled")
+
+
+def operands(row, heads=4, groups=2, size=8):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    length = len(row)
+    tensors = draw(1, heads, length, size), draw(1, groups, length, size), draw(1, groups, length, size)
+    return tensors, draw(heads), draw(1, heads, length, length)
+
+
+def mask_of(row):
+    rule = Rule(lambda b, h, q, k: (k <= q) & (k > q - 5), window=5)
+    with interface.activate(row, "dense") as active:
+        return interface.RowMask(active, TreeAttention(row, rule, "dense"))
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "sinks-and-bias"])
+def test_operator(plain):
+    """As attention by itself, gradients too, and by PyTorch's own checks of an operator."""
+    row = row_of(5)
+    mask = mask_of(row)
+    tensors, sinks, bias = operands(row)
+    sinks, bias = (None, None) if plain else (sinks, bias)
+    given = [*tensors, *([] if plain else [sinks, bias])]
+    arguments = (*tensors, sinks, bias, mask.handle, 0.3, 2.0, "Layer")
+    torch.library.opcheck(operator.row_attention, arguments)
+    expected = mask.attend(*tensors, Scores(0.3, 2.0, sinks, bias))
+    out, _ = operator.row_attention(*arguments)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    for one, other in zip(
+        torch.autograd.grad(out, given, upstream), torch.autograd.grad(expected, given, upstream), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_row_that_is_gone():
+    row = row_of(5)
+    tensors, *_ = operands(row)
+    mask = mask_of(row)
+    arguments = (*tensors, None, None, mask.handle, 0.3, None, "Layer")
+    out, _ = operator.row_attention(*arguments)
+    del mask
+    gc.collect()
+    with pytest.raises(RuntimeError, match="row of this backward pass is gone"):
+        out.sum().backward()

@@ -329,3 +329,11 @@ def test_resumed_run_ends_with_the_same_weights(model_path, tmp_path, own):
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert whole.state.log_history[-2]["loss"] == resumed.state.log_history[-2]["loss"]
+
+
+def test_compiled_layers_exclude_offloaded_activations():
+    offloading = {"activation_offloading": True, "gradient_checkpointing": False, "bf16": False, "use_cpu": True}
+    with pytest.raises(ValueError, match="compile_layers cannot be combined with activation_offloading"):
+        preftree.DPOConfig(compile_layers=True, **offloading)
+    assert not preftree.DPOConfig(torch_compile=True, **offloading).compiles_layers
+    assert preftree.DPOConfig(torch_compile=True, bf16=False, use_cpu=True).compiles_layers

@@ -85,7 +85,7 @@ def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool, expert
     nodes = row.predicted_nodes
     options: dict[str, Any] = {"output_router_logits": True} if experts else {}
     output = prepared.run(row, wanted=row.read_nodes, **options)
-    hidden_PH = output.last_hidden_state[0]
+    hidden_PH = output.last_hidden_state.squeeze(0)
     scores = _score_nodes(prepared, hidden_PH[row.read_index], row.input_ids[nodes], statistics)
     if not nodes.numel():
         # Keeps every parameter in the graph, so that a rank without sequences takes part in collectives.

@@ -8,6 +8,7 @@ from families import VOCABULARY, build
 from torch._dynamo.utils import counters
 
 import preftree
+from preftree.attention import fa4
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -36,11 +37,26 @@ def numbers(model, row):
     return [out.logps.detach().double(), *[p.grad.double() for p in model.parameters() if p.grad is not None]]
 
 
+def lifelike(family):
+    """A deep model with weights as small as trained ones: with large ones nothing but rounding is left of its gradients."""
+    model = build(family, DEEP)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model.cuda()
+
+
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-def test_compiled_layers_in_bf16(family):
-    exact = build(family, DEEP).cuda()
-    plain = preftree.prepare_model(copy.deepcopy(exact).bfloat16())
-    fast = preftree.prepare_model(copy.deepcopy(exact).bfloat16(), compile=True)
+def test_compiled_layers_in_bf16(family, backend):
+    """As near to float32 as the layers as they are; a small tensor's rounding is chance, that of all of them is not."""
+    if backend == "flash" and isinstance(fa4.library(), str):
+        pytest.skip(fa4.library())
+    exact = lifelike(family)
+    plain = preftree.prepare_model(copy.deepcopy(exact).bfloat16(), backend)
+    fast = preftree.prepare_model(copy.deepcopy(exact).bfloat16(), backend, compile=True)
     preftree.prepare_model(exact, backend="dense")
     counters.clear()
     for index, row in enumerate(
@@ -50,6 +66,9 @@ def test_compiled_layers_in_bf16(family):
         if index == 1:
             # Lengths are symbolic once a second one has been seen, at the latest.
             compilations = counters["stats"]["unique_graphs"]
+        ratios = []
         for one, other, third in zip(truth, uncompiled, compiled, strict=True):
-            assert (third - one).norm() <= 1.2 * (other - one).norm() + 1e-3 * one.norm()
+            assert (other - one).norm() <= 0.1 * one.norm()
+            ratios.append(float((third - one).norm() / (other - one).norm()))
+        assert sum(ratios) / len(ratios) <= 1.05
     assert counters["stats"]["unique_graphs"] == compilations > 0

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from functools import cache
+import functools
+import warnings
 from typing import Any
 
 import torch
 import torch._inductor.config
+from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from preftree.kernels import triton_kernels
 from preftree.models.interface import KeysReached, RowMask
 
 _WRAPPER = "forward_with_checkpointing"
 _OPTIONS: dict[str, Any] = {"dynamic": True}
-# Fused reductions are chosen by their sizes otherwise, rows on the other side of such a size are compiled once more.
-_UNGUARDED = "mix_order_reduction_non_strict_mode"
+_INDUCTOR: dict[str, Any] = {
+    # Half precision is rounded where the stock layer rounds it, whatever is fused with what.
+    "emulate_precision_casts": True,
+    # These are chosen by a row's length: it would be compiled once more for rows on the other side of some size.
+    "triton.mix_order_reduction": False,
+}
 # Compilations of one class's code: with and without gradients, by kind of attention, by what is trained. Dynamo's own limit
 # of 8 would end in layers that run uncompiled.
 _LIMITS: dict[str, Any] = {"recompile_limit": 64, "accumulated_recompile_limit": 1024}
 
 
-def compile_layers(model: torch.nn.Module) -> int:
+def compile_layers(model: torch.nn.Module, or_stock: bool = False) -> int:
     """Let the decoder layers of a transformers model run rows compiled; returns how many it found.
+
+    Args:
+        or_stock: layers that do not compile run as they are, with a warning; otherwise that raises.
 
     Layers of one class run the same code, so that the first one's compilation serves all; lengths are symbolic, so that it
     serves rows of every length. Attention is one operator in the compiled code (see `operator`). What cannot be compiled
@@ -33,8 +43,15 @@ def compile_layers(model: torch.nn.Module) -> int:
     for layer in layers:
         if not getattr(layer, "runs_rows_compiled", False):
             kind: Any = type(layer)
-            layer.__class__ = _compiled_class(kind)
+            layer.__class__ = _compiled_class(kind, or_stock)
     return len(layers)
+
+
+def worth_compiling(model: torch.nn.Module) -> bool:
+    """Whether layers are compiled where nobody has said: on a GPU with Triton, and weights are not quantised."""
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    quantised = getattr(model, "is_quantized", False)
+    return on_gpu and not quantised and triton_kernels("preftree.token_scores_triton") is not None
 
 
 def stock_forward(cls: Any) -> Any:
@@ -62,21 +79,41 @@ def _keys_of(forward: Any) -> Any:
     return keys
 
 
-def _compile(function: Any) -> Any:
+def _compile(function: Any, name: str, or_stock: bool) -> Any:
     options = dict(_OPTIONS)
-    if "backend" not in options and hasattr(torch._inductor.config.triton, _UNGUARDED):
-        options["options"] = {f"triton.{_UNGUARDED}": True}
-    return torch._dynamo.config.patch(_LIMITS)(torch.compile(function, **options))
+    if "backend" not in options:
+        known = torch._inductor.list_options()
+        options["options"] = {option: value for option, value in _INDUCTOR.items() if option in known}
+    compiled = torch._dynamo.config.patch(_LIMITS)(torch.compile(function, **options))
+    if not or_stock:
+        return compiled
+    runs = compiled
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        nonlocal runs
+        try:
+            return runs(*args, **kwargs)
+        except TorchDynamoException as error:
+            warnings.warn(
+                f"{name} does not compile and runs uncompiled, slower; compile_layers=False does so from the start: {error}",
+                UserWarning,
+                stacklevel=2,
+            )
+            runs = function
+            return runs(*args, **kwargs)
+
+    return run
 
 
-@cache
-def _compiled_class(cls: Any) -> Any:
+@functools.cache
+def _compiled_class(cls: Any, or_stock: bool = False) -> Any:
     """A layer class whose instances run rows compiled, by the same name: sharding policies ask for it.
 
     A class and not the instance's own attribute, which deep copies would take along bound to the original's weights.
     """
     stock = stock_forward(cls)
-    compiled = _compile(stock)
+    compiled = _compile(stock, cls.__name__, or_stock)
 
     def forward(self, *args, **kwargs):
         by_row = any(isinstance(given, RowMask) for given in (*args, *kwargs.values()))
@@ -84,5 +121,5 @@ def _compiled_class(cls: Any) -> Any:
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     own = {"forward": forward, "forward_before_compilation": stock, "runs_rows_compiled": True}
-    own["keys_of_row"] = staticmethod(_compile(_keys_of(stock)))
+    own["keys_of_row"] = staticmethod(_compile(_keys_of(stock), cls.__name__, or_stock))
     return type(cls.__name__, (cls,), names | own)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from preftree.attention import check_backend
 from preftree.models import interface
-from preftree.models.compiled import compile_layers
+from preftree.models.compiled import compile_layers, worth_compiling
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal
 from preftree.models.verify import cut_last_layer, verify_on_tree
@@ -102,7 +102,7 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
 
 
 def prepare_model(
-    model: torch.nn.Module, backend: str = "auto", verify: bool = True, compile: bool = False
+    model: torch.nn.Module, backend: str = "auto", verify: bool = True, compile: bool | None = False
 ) -> torch.nn.Module:
     """Let a transformers causal language model run packed rows of trees (see `preftree.sequence_logps`).
 
@@ -117,7 +117,8 @@ def prepare_model(
             "flex" FlexAttention (GPU), "varlen" goes path by path, "dense" is the specification.
         verify: run a tree of some thirty tokens through the model and compare with the stock model on each of its
             sequences alone. Takes a few short forward passes.
-        compile: run the decoder layers of rows under `torch.compile`, one compilation for all lengths.
+        compile: run the decoder layers of rows under `torch.compile`, one compilation for all lengths. None: where that pays,
+            on a GPU; layers that cannot be compiled then run as they are, with a warning.
 
     Returns:
         The same model.
@@ -136,8 +137,8 @@ def prepare_model(
             cut_last_layer(prepared, prepared.rounding)
         setattr(base, ATTRIBUTE, prepared)
         base.forward = MethodType(_tree_aware(type(base).forward), base)
-    if compile:
-        compile_layers(base)
+    if compile or (compile is None and worth_compiling(base)):
+        compile_layers(base, or_stock=compile is None)
     return model
 
 

@@ -62,7 +62,7 @@ class PreparedModel:
 
     def hidden_states(self, row: PackedRow, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """Final hidden states of a row, ``[S, hidden]``, or of its wanted tokens, ``[N, hidden]`` (see `run`)."""
-        return self.run(row, wanted=wanted).last_hidden_state[0]
+        return self.run(row, wanted=wanted).last_hidden_state.squeeze(0)
 
     def run(
         self,
@@ -150,7 +150,8 @@ class PreparedModel:
         try:
             placeholder = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
             extra = {"output_router_logits": False} if takes(self.model, "output_router_logits") else {}
-            return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits[0]
+            # (`squeeze`, not `[0]`: the gradient of an element is a tensor of zeros and a copy.)
+            return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits.squeeze(0)
         finally:
             if own is None:
                 del self.backbone.forward

@@ -89,6 +89,11 @@ class TreeArguments:
         own: Any = self
         if self.row_length == "auto" and getattr(own, "deepspeed", None):
             raise ValueError("row_length='auto' tries rows outside DeepSpeed's own steps: give a number with DeepSpeed")
+        if self.compile_layers and getattr(own, "activation_offloading", False):
+            raise ValueError(
+                "compile_layers cannot be combined with activation_offloading: it gives activations back in another layout "
+                "than the compiled backward pass was made for. Leave one of them out"
+            )
         if self.overlong is not None and self.overlong not in OVERLONG:
             raise ValueError(f"unknown overlong {self.overlong!r}: choose 'truncate', 'drop' or 'error'")
         if self.attention_backend not in ("auto", *BACKENDS):
@@ -97,17 +102,17 @@ class TreeArguments:
             )
 
     @property
-    def given_row_length(self) -> int | None:
-        """`row_length` as a number, if it is one."""
-        return self.row_length if isinstance(self.row_length, int) else None
-
-    @property
     def compiles_layers(self) -> bool:
         """What `compile_layers` comes to."""
         if self.compile_layers is not None:
             return self.compile_layers
         own: Any = self
-        return bool(own.torch_compile)
+        return bool(own.torch_compile and not getattr(own, "activation_offloading", False))
+
+    @property
+    def given_row_length(self) -> int | None:
+        """`row_length` as a number, if it is one."""
+        return self.row_length if isinstance(self.row_length, int) else None
 
     def unused_options(self) -> Iterator[tuple[str, str]]:
         """``(option, why)`` of options that are set but have no effect."""
