@@ -286,7 +286,7 @@ def test_backends_that_serve_everything(name):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_flash_refuses(changes, reason, monkeypatch):
-    monkeypatch.setattr(flex, "find_spec", lambda name: object())
+    monkeypatch.setattr(flex, "has_triton", lambda: True)
     layer = replace(ON_HOPPER, **changes)
     with pytest.raises(NotImplementedError, match=f"backend 'flash' cannot serve this layer: .*{reason}"):
         choose_backend("flash", layer, random_row(0))
@@ -353,11 +353,11 @@ def test_what_flex_refuses(monkeypatch):
         choose_backend("flex", ON_CPU, row)
     with pytest.raises(NotImplementedError, match=r"'flex' cannot be used on 'cpu': .*no backward pass"):
         check_backend("flex", torch.device("cpu"))
-    monkeypatch.setattr(flex, "find_spec", lambda name: object())
+    monkeypatch.setattr(flex, "has_triton", lambda: True)
     assert choose_backend("flex", replace(ON_HOPPER, rule=OTHER, bias=True, dtype=torch.float32), row) == "flex"
     with pytest.raises(NotImplementedError, match="not float64"):
         choose_backend("flex", replace(ON_HOPPER, dtype=torch.float64), row)
-    monkeypatch.setattr(flex, "find_spec", lambda name: None)
+    monkeypatch.setattr(flex, "has_triton", lambda: False)
     with pytest.raises(NotImplementedError, match="Triton, which is not installed"):
         choose_backend("flex", ON_HOPPER, row)
 
@@ -372,7 +372,7 @@ def test_backends_on_a_device():
 
 
 def test_fallback_on_a_gpu_warns_once(monkeypatch):
-    monkeypatch.setattr(flex, "find_spec", lambda name: None)
+    monkeypatch.setattr(flex, "has_triton", lambda: False)
     monkeypatch.setattr(attention, "_warned", set())
     layer = replace(ON_HOPPER, rule=OTHER)
     with warnings.catch_warnings(record=True) as caught:

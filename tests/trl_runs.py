@@ -75,21 +75,15 @@ def differences(one, other, except_for: tuple[str, ...] = ()) -> tuple[float, fl
     """Largest difference of any logged metric (relative above 1), and of any parameter relative to its largest entry.
 
     Takes trainers or what `end_of` gives; fails if the two have not logged the same metrics at the same steps. Metrics whose
-    name holds one of ``except_for`` are not compared, nor are accuracies where margins are nothing but rounding: policy and
-    reference are equal at the start.
+    name holds one of ``except_for`` are not compared.
     """
     one, other = (run if isinstance(run, dict) else end_of(run) for run in (one, other))
     metrics = 0.0
     assert len(one["history"]) == len(other["history"])
     for left, right in zip(one["history"], other["history"], strict=True):
         assert set(left) == set(right), set(left) ^ set(right)
-        tied = [
-            name.replace("margins", "accuracies")
-            for name in left
-            if "rewards/margins" in name and _tied(name, left, right)
-        ]
         for name, value in left.items():
-            if not any(part in name for part in (*_TIMES, *except_for, *tied)):
+            if not any(part in name for part in (*_TIMES, *except_for)):
                 metrics = max(metrics, abs(value - right[name]) / max(1.0, abs(value)))
     assert one["weights"].keys() == other["weights"].keys()
     parameters = 0.0
@@ -97,10 +91,6 @@ def differences(one, other, except_for: tuple[str, ...] = ()) -> tuple[float, fl
         largest = left.abs().max().clamp(min=1e-12)
         parameters = max(parameters, ((left - other["weights"][name]).abs().max() / largest).item())
     return metrics, parameters
-
-
-def _tied(name: str, *runs: dict) -> bool:
-    return all(abs(run[name]) <= 1e-6 for run in runs)
 
 
 def losses(trainer) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -12,6 +11,7 @@ from preftree.attention.blocks import key_lists, query_lists
 from preftree.attention.layer import Layer
 from preftree.attention.mask import Rule
 from preftree.attention.scores import Scores, repeat_heads
+from preftree.kernels import has_triton
 from preftree.packing import PackedRow
 
 BLOCK = 128
@@ -24,7 +24,7 @@ def refusal(layer: Layer) -> str | None:
     """Why this backend cannot serve a layer, or None."""
     if layer.device != "cuda":
         return f"FlexAttention has no backward pass on {layer.device!r}"
-    if find_spec("triton") is None:
+    if not has_triton():
         return "FlexAttention compiles to Triton, which is not installed"
     if layer.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its kernels compute in bfloat16, float16 or float32, not {str(layer.dtype).removeprefix('torch.')}"

@@ -11,7 +11,7 @@ import torch._inductor.config
 from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from preftree.kernels import triton_kernels
+from preftree.kernels import has_triton
 from preftree.models.interface import KeysReached, RowMask
 
 _WRAPPER = "forward_with_checkpointing"
@@ -30,14 +30,14 @@ _LIMITS: dict[str, Any] = {"recompile_limit": 64, "accumulated_recompile_limit":
 def compile_layers(model: torch.nn.Module, or_stock: bool = False) -> int:
     """Let the decoder layers of a transformers model run rows compiled; returns how many it found.
 
-    Args:
-        or_stock: layers that do not compile run as they are, with a warning; otherwise that raises.
-
     Layers of one class run the same code, so that the first one's compilation serves all; lengths are symbolic, so that it
     serves rows of every length. Attention is one operator in the compiled code (see `operator`). What cannot be compiled
     (routing by value in a mixture of experts, FlexAttention, which is compiled for a length) runs between compiled parts.
     Activation checkpointing goes around the compiled code. Ordinary batches and generation run as before. Nothing is
     compiled until a layer runs.
+
+    Args:
+        or_stock: layers that do not compile run as they are, with a warning; otherwise that raises.
     """
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     for layer in layers:
@@ -51,7 +51,7 @@ def worth_compiling(model: torch.nn.Module) -> bool:
     """Whether layers are compiled where nobody has said: on a GPU with Triton, and weights are not quantised."""
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     quantised = getattr(model, "is_quantized", False)
-    return on_gpu and not quantised and triton_kernels("preftree.token_scores_triton") is not None
+    return on_gpu and not quantised and has_triton()
 
 
 def stock_forward(cls: Any) -> Any:
@@ -84,10 +84,9 @@ def _compile(function: Any, name: str, or_stock: bool) -> Any:
     if "backend" not in options:
         known = torch._inductor.list_options()
         options["options"] = {option: value for option, value in _INDUCTOR.items() if option in known}
-    compiled = torch._dynamo.config.patch(_LIMITS)(torch.compile(function, **options))
+    runs = torch._dynamo.config.patch(_LIMITS)(torch.compile(function, **options))
     if not or_stock:
-        return compiled
-    runs = compiled
+        return runs
 
     @functools.wraps(function)
     def run(*args, **kwargs):
@@ -96,7 +95,7 @@ def _compile(function: Any, name: str, or_stock: bool) -> Any:
             return runs(*args, **kwargs)
         except TorchDynamoException as error:
             warnings.warn(
-                f"{name} does not compile and runs uncompiled, slower; compile_layers=False does so from the start: {error}",
+                f"{name} does not compile and runs uncompiled, slower; compile=False does so from the start: {error}",
                 UserWarning,
                 stacklevel=2,
             )

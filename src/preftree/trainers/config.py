@@ -102,17 +102,17 @@ class TreeArguments:
             )
 
     @property
+    def given_row_length(self) -> int | None:
+        """`row_length` as a number, if it is one."""
+        return self.row_length if isinstance(self.row_length, int) else None
+
+    @property
     def compiles_layers(self) -> bool:
         """What `compile_layers` comes to."""
         if self.compile_layers is not None:
             return self.compile_layers
         own: Any = self
         return bool(own.torch_compile and not getattr(own, "activation_offloading", False))
-
-    @property
-    def given_row_length(self) -> int | None:
-        """`row_length` as a number, if it is one."""
-        return self.row_length if isinstance(self.row_length, int) else None
 
     def unused_options(self) -> Iterator[tuple[str, str]]:
         """``(option, why)`` of options that are set but have no effect."""
