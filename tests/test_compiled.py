@@ -18,7 +18,7 @@ from preftree.models.compiled import compile_layers, worth_compiling
 @pytest.fixture
 def captured(monkeypatch):
     """Graphs run as they were captured: what is compiled when does not depend on the compiler behind."""
-    monkeypatch.setitem(compiled._OPTIONS, "backend", "aot_eager")
+    monkeypatch.setattr(compiled, "_BACKEND", "aot_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_checkpointing_goes_around_the_compiled_code(reentrant, monkeypatch):
     def counting(graph, inputs):
         return lambda *values: (ran.append(graph), graph(*values))[1]
 
-    monkeypatch.setitem(compiled._OPTIONS, "backend", counting)
+    monkeypatch.setattr(compiled, "_BACKEND", counting)
     model = preftree.prepare_model(exact_model("llama")).train()
     expected = numbers(model, ROWS[0])
     compile_layers(model)
@@ -155,7 +155,7 @@ def test_layers_that_do_not_compile_run_as_they_are(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setitem(compiled._OPTIONS, "backend", broken)
+    monkeypatch.setattr(compiled, "_BACKEND", broken)
     model = preftree.prepare_model(exact_model("llama")).train()
     expected = numbers(model, ROWS[0])
     asked = copy.deepcopy(model)

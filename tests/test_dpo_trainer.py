@@ -288,7 +288,7 @@ def test_compiled_wrapper_changes_nothing(model_path):
 
 def test_compiled_layers_change_nothing(model_path, monkeypatch):
     """Policy and reference run the same compiled code; rows of other lengths run it too."""
-    monkeypatch.setitem(compiled._OPTIONS, "backend", "aot_eager")
+    monkeypatch.setattr(compiled, "_BACKEND", "aot_eager")
     torch._dynamo.reset()
     plain = train("preftree", model_path, dataset(text_pairs(15)), own=SEVERAL_ROWS)
     counters.clear()

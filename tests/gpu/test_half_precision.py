@@ -58,6 +58,7 @@ def test_compiled_layers_in_bf16(family, backend):
     plain = preftree.prepare_model(copy.deepcopy(exact).bfloat16(), backend)
     fast = preftree.prepare_model(copy.deepcopy(exact).bfloat16(), backend, compile=True)
     preftree.prepare_model(exact, backend="dense")
+    torch._dynamo.reset()
     counters.clear()
     for index, row in enumerate(
         [row_of(0, 300, 70, 90), row_of(1, 200, 110, 60), row_of(2, 41, 33, 20), row_of(3, 500, 9)]

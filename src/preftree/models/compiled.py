@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._inductor.config
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from preftree.kernels import has_triton
+from preftree.models.fusions import fuse
 from preftree.models.interface import KeysReached, RowMask
 
 _WRAPPER = "forward_with_checkpointing"
-_OPTIONS: dict[str, Any] = {"dynamic": True}
+# Dynamo's backend that compiles the rewritten graphs.
+_BACKEND = "inductor"
 _INDUCTOR: dict[str, Any] = {
     # Half precision is rounded where the stock layer rounds it, whatever is fused with what.
     "emulate_precision_casts": True,
     # These are chosen by a row's length: it would be compiled once more for rows on the other side of some size.
     "triton.mix_order_reduction": False,
 }
-# Compilations of one class's code: with and without gradients, by kind of attention, by what is trained. Dynamo's own limit
-# of 8 would end in layers that run uncompiled.
-_LIMITS: dict[str, Any] = {"recompile_limit": 64, "accumulated_recompile_limit": 1024}
+# Modules of operators that compiled code holds the formulas of.
+_OPERATORS = ("operator", "rms_norm", "rms_norm_triton")
+_DYNAMO: dict[str, Any] = {
+    # Compilations of one class's code: with and without gradients, by kind of attention, by what is trained. Dynamo's own
+    # limit of 8 would end in layers that run uncompiled.
+    "recompile_limit": 64,
+    "accumulated_recompile_limit": 1024,
+    # A norm's epsilon is a constant and not a tensor that is made at every call.
+    "specialize_float": True,
+}
 
 
 def compile_layers(model: torch.nn.Module, or_stock: bool = False) -> int:
@@ -79,12 +94,26 @@ def _keys_of(forward: Any) -> Any:
     return keys
 
 
-def _compile(function: Any, name: str, or_stock: bool) -> Any:
-    options = dict(_OPTIONS)
-    if "backend" not in options:
-        known = torch._inductor.list_options()
-        options["options"] = {option: value for option, value in _INDUCTOR.items() if option in known}
-    runs = torch._dynamo.config.patch(_LIMITS)(torch.compile(function, **options))
+def _rewritten(module: GraphModule, inputs: list[Any]) -> Any:
+    """The backend that Dynamo gives the graphs that it captured: what they are rewritten to, compiled."""
+    fuse(module)
+    if _BACKEND != "inductor":
+        return lookup_backend(_BACKEND)(module, inputs)
+    known = torch._inductor.list_options()
+    settings: Any = torch.compiler.config
+    with settings.patch(cache_key_tag=_formulas()):
+        return compile_fx(module, inputs, config_patches={name: on for name, on in _INDUCTOR.items() if name in known})
+
+
+@functools.cache
+def _formulas() -> str:
+    """What PyTorch's caches on disk are to tell versions of our operators apart by: they know them by name alone."""
+    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _OPERATORS)
+    return f"preftree {hashlib.sha256(code).hexdigest()}"
+
+
+def _compile(function: Callable[..., Any], name: str, or_stock: bool) -> Callable[..., Any]:
+    runs = torch._dynamo.config.patch(_DYNAMO)(torch.compile(function, dynamic=True, backend=_rewritten))
     if not or_stock:
         return runs
 

@@ -1,0 +1,118 @@
+"""Triton kernel of `rms_norm`'s backward pass: everything is read once, and the gradient of the input written."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from preftree.models.rms_norm import MOST_READERS
+
+# Programs on each of a device's processors, their warps, and how many elements they look at together.
+_PER_PROCESSOR, _WARPS, _ELEMENTS = 4, 8, 2048
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _gradients_kernel(
+    grad, second, third, beside, x, scale, dx, partial, rows, inner_rows,
+    grad_outer, grad_inner, second_outer, second_inner, third_outer, third_inner,
+    beside_outer, beside_inner, x_outer, x_inner,
+    eps: tl.constexpr, width: tl.constexpr, INNER: tl.constexpr, PRODUCT: tl.constexpr,
+    GRADS: tl.constexpr, BESIDE: tl.constexpr, SCALE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows of the program's number and every so many on; its part of the scale's gradient goes to a line of ``partial``."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < width
+    factor = tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros([TILE, BLOCK], tl.float32)
+    for start in range(program * TILE, rows, programs * TILE):
+        row = start + tl.arange(0, TILE)[:, None]
+        read = inside & (row < rows)
+        outer, inner = (row // inner_rows).to(tl.int64), row % inner_rows
+        x32 = tl.load(x + outer * x_outer + inner * x_inner + column, mask=read, other=0.0).to(tl.float32)
+        dy = tl.load(grad + outer * grad_outer + inner * grad_inner + column, mask=read, other=0.0)
+        if GRADS > 1:
+            dy += tl.load(second + outer * second_outer + inner * second_inner + column, mask=read, other=0.0)
+        if GRADS > 2:
+            dy += tl.load(third + outer * third_outer + inner * third_inner + column, mask=read, other=0.0)
+        dy = dy.to(tl.float32)
+        r = tl.rsqrt(tl.sum(x32 * x32, 1)[:, None] / width + eps)
+        normed = x32 * r
+        dnormed = (dy * factor).to(PRODUCT).to(INNER).to(tl.float32)
+        along = tl.sum(dnormed * normed, 1)[:, None] / width
+        d = (r * (dnormed - normed * along)).to(dx.dtype.element_ty)
+        if BESIDE:
+            other = tl.load(beside + outer * beside_outer + inner * beside_inner + column, mask=read, other=0.0)
+            d = (d.to(tl.float32) + other.to(tl.float32)).to(dx.dtype.element_ty)
+        tl.store(dx + row.to(tl.int64) * width + column, d, mask=read)
+        if SCALE:
+            total += dy * normed.to(INNER).to(tl.float32)
+    if SCALE:
+        tl.store(partial + program * width + column, tl.sum(total, 0)[None, :], mask=inside)
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    return _PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@torch.library.triton_op("preftree::rms_norm_gradients", mutates_args=())
+def _gradients(
+    grads_OID: list[torch.Tensor],
+    beside_OID: torch.Tensor | None,
+    x_OID: torch.Tensor,
+    scale_D: torch.Tensor,
+    eps: float,
+    inner: torch.dtype,
+    wants_scale: bool,
+    programs: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `rms_norm.gradients`; the scale's gradient in parts ``[programs, D]``, float32."""
+    outer, middle, width = x_OID.shape
+    dx_OID = x_OID.new_empty((outer, middle, width))
+    partial = x_OID.new_empty((programs if wants_scale else 0, width), dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    tile = max(1, _ELEMENTS // block)
+    # What is not there is not read.
+    grads = [*grads_OID, *grads_OID[:1] * MOST_READERS][:MOST_READERS]
+    read = [*grads, x_OID if beside_OID is None else beside_OID, x_OID]
+    torch.library.wrap_triton(_gradients_kernel)[(programs,)](
+        *read, scale_D, dx_OID, partial, outer * middle, middle, *(step for each in read for step in each.stride()[:2]),
+        eps=eps, width=width, INNER=_TYPES[inner], PRODUCT=_TYPES[torch.promote_types(scale_D.dtype, inner)],
+        GRADS=len(grads_OID), BESIDE=beside_OID is not None, SCALE=wants_scale,
+        TILE=tile, BLOCK=block, num_warps=_WARPS,
+    )  # fmt: skip
+    return dx_OID, partial
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """As ``[outer, inner, D]``, where it lies if it can: heads are columns of a larger matrix."""
+    if x.ndim < 3 or x.is_contiguous() or x.stride(-1) != 1:
+        return x.reshape(-1, 1, x.shape[-1])
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def gradients(
+    grads: list[torch.Tensor],
+    beside: torch.Tensor | None,
+    x: torch.Tensor,
+    scale_D: torch.Tensor,
+    eps: float,
+    inner: torch.dtype,
+    wants_scale: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `rms_norm.gradients`."""
+    read = [_rows(each) for each in (*grads, x, *([] if beside is None else [beside]))]
+    if len({each.shape[1] for each in read}) > 1:
+        read = [each.contiguous().view(-1, 1, x.shape[-1]) for each in read]
+    dx, partial = _gradients(
+        read[: len(grads)], *([None] if beside is None else read[-1:]), read[len(grads)], scale_D.contiguous(), eps, inner,
+        wants_scale, _programs(x.device),
+    )  # fmt: skip
+    return dx.view(x.shape), partial.sum(0).to(scale_D.dtype) if wants_scale else None

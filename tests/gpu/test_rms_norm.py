@@ -1,0 +1,44 @@
+"""The kernel of RMSNorm's gradients against its formula, at odd sizes and strides."""
+
+import pytest
+import torch
+
+from preftree.models import rms_norm, rms_norm_triton
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+SINGLE, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("readers", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 7, 2, 48), (1, 1301, 2048), (5, 100), (2, 3, 5, 3584), (1, 1, 10000)])
+@pytest.mark.parametrize(
+    ("of_x", "of_scale", "inner"),
+    [(SINGLE, SINGLE, SINGLE), (HALF, HALF, HALF), (HALF, SINGLE, HALF), (HALF, HALF, SINGLE)],
+)
+def test_gradients(of_x, of_scale, inner, shape, readers, beside, strided):
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(dtype):
+        wide = torch.randn(*shape[:-2], shape[-2] + 3 * strided, shape[-1], device="cuda", generator=generator)
+        return wide[..., strided : shape[-2] + strided, :].to(dtype)
+
+    outer = torch.promote_types(of_scale, inner)
+    grads, x = [random(outer) for _ in range(readers)], random(of_x)
+    given = (
+        grads,
+        random(of_x) if beside else None,
+        x,
+        torch.randn(shape[-1], device="cuda").to(of_scale),
+        1e-6,
+        inner,
+    )
+    expected, got = rms_norm.gradients(*given, True), rms_norm_triton.gradients(*given, True)
+    for one, other in zip(got, expected, strict=True):
+        error = float((one - other).float().abs().max() / other.float().abs().max())
+        assert one.dtype == other.dtype
+        assert error < (1e-5 if {of_x, inner} == {SINGLE} else 0.02)
+    alone, nothing = rms_norm_triton.gradients(*given, False)
+    assert torch.equal(alone, got[0])
+    assert nothing is None
