@@ -8,7 +8,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from preftree.models import compiled
 
 # The models are tiny: a process of the test run for each core is faster than a thread for each core.
 torch.set_num_threads(1)
@@ -54,6 +57,16 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+@pytest.fixture
+def nothing_compiled():
+    """No layer is compiled yet, and none stays so."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled._compiled_class.cache_clear()
+    yield
+    compiled._compiled_class.cache_clear()
 
 
 @pytest.fixture(scope="session")

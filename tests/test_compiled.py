@@ -14,21 +14,13 @@ from preftree.attention import Rule, Scores, TreeAttention
 from preftree.models import compiled, interface, operator
 from preftree.models.compiled import compile_layers, worth_compiling
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
 
 @pytest.fixture
 def captured(monkeypatch):
     """Graphs run as they were captured: what is compiled when does not depend on the compiler behind."""
     monkeypatch.setattr(compiled, "_BACKEND", "aot_eager")
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """Nothing compiled yet."""
-    torch._dynamo.reset()
-    counters.clear()
-    compiled._compiled_class.cache_clear()
-    yield
-    compiled._compiled_class.cache_clear()
 
 
 def graphs():

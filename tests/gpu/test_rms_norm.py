@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from preftree.models import rms_norm, rms_norm_triton
+from preftree.kernels import triton_kernels
+from preftree.models import rms_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SINGLE, HALF = torch.float32, torch.bfloat16
@@ -18,6 +19,7 @@ SINGLE, HALF = torch.float32, torch.bfloat16
     [(SINGLE, SINGLE, SINGLE), (HALF, HALF, HALF), (HALF, SINGLE, HALF), (HALF, HALF, SINGLE)],
 )
 def test_gradients(of_x, of_scale, inner, shape, readers, beside, strided):
+    kernels = triton_kernels("preftree.models.rms_norm_triton")
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(dtype):
@@ -34,11 +36,11 @@ def test_gradients(of_x, of_scale, inner, shape, readers, beside, strided):
         1e-6,
         inner,
     )
-    expected, got = rms_norm.gradients(*given, True), rms_norm_triton.gradients(*given, True)
+    expected, got = rms_norm.gradients(*given, True), kernels.gradients(*given, True)
     for one, other in zip(got, expected, strict=True):
         error = float((one - other).float().abs().max() / other.float().abs().max())
         assert one.dtype == other.dtype
         assert error < (1e-5 if {of_x, inner} == {SINGLE} else 0.02)
-    alone, nothing = rms_norm_triton.gradients(*given, False)
+    alone, nothing = kernels.gradients(*given, False)
     assert torch.equal(alone, got[0])
     assert nothing is None

@@ -101,7 +101,7 @@ def _rewritten(module: GraphModule, inputs: list[Any]) -> Any:
         return lookup_backend(_BACKEND)(module, inputs)
     known = torch._inductor.list_options()
     settings: Any = torch.compiler.config
-    with settings.patch(cache_key_tag=_formulas()):
+    with settings.patch(cache_key_tag=f"{settings.cache_key_tag} {_formulas()}"):
         return compile_fx(module, inputs, config_patches={name: on for name, on in _INDUCTOR.items() if name in known})
 
 

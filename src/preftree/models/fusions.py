@@ -18,8 +18,13 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fuse(module: GraphModule) -> None:
-    """Rewrite a graph that Dynamo captured, in place: the same numbers, other operations."""
+    """Rewrite a graph that Dynamo captured, in place: the same numbers, other operations.
+
+    What writes into tensors may do so through any view of them, and at any place: such a graph stays as it is.
+    """
     graph = module.graph
+    if any(map(_writes, graph.nodes)):
+        return
     for node in list(graph.find_nodes(op="call_function", target=torch.rsqrt)):
         _fuse_rms_norm(graph, node)
     graph.lint()
@@ -45,7 +50,7 @@ def _before_cast(node: Any) -> Any:
 
 def _writes(node: Node) -> bool:
     """Whether a node changes what it reads."""
-    return (_name(node) or "").endswith("_") or node.target in _IN_PLACE
+    return (_name(node) or "").endswith("_") or node.target in _IN_PLACE or "out" in node.kwargs
 
 
 def _only_user(node: Any) -> Any:
@@ -76,7 +81,7 @@ def _mean_square(node: Any) -> Any:
 def _fuse_rms_norm(graph: Graph, root: Any) -> None:
     """Replace the RMSNorm around a reciprocal root, if it is one: ``scale * (x / rms(x))`` with whatever casts between."""
     added = root.args[0]
-    if _name(added) != "add" or len(added.users) != 1 or not isinstance(added.args[1], float):
+    if _name(added) != "add" or added.kwargs or len(added.users) != 1 or not isinstance(added.args[1], float):
         return
     mean, eps = added.args
     x32 = _mean_square(mean)
@@ -106,8 +111,6 @@ def _fuse_rms_norm(graph: Graph, root: Any) -> None:
     order = {node: place for place, node in enumerate(graph.nodes)}
     later = [user for user in x.users if order[user] > order[result]]
     readers = list(result.users)
-    if any(map(_writes, (*later, *readers))):
-        return
     copies = max(1, min(len(readers), MOST_READERS))
     with graph.inserting_before(result):
         arguments = (x, scale, eps, inner.dtype, outer.dtype, copies)

@@ -18,7 +18,6 @@ _library.define(
     "rms_norm(Tensor x, Tensor scale, float eps, ScalarType inner, ScalarType outer, int readers) -> (Tensor, Tensor[])",
 )
 
-
 # Gradients that the kernel adds up itself.
 MOST_READERS = 3
 
@@ -31,8 +30,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale_D)
         ctx.eps, ctx.inner = eps, inner
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        normed, _ = _normalised(x, eps)
         result = (scale_D * normed.to(inner)).to(outer)
         return x.view_as(x), result, *(result.view_as(result) for _ in range(readers - 1))
 
@@ -46,6 +44,13 @@ class _RmsNorm(torch.autograd.Function):
         kernels = triton_kernels("preftree.models.rms_norm_triton") if x.is_cuda else None
         run = gradients if kernels is None else kernels.gradients
         return *run(given, beside, x, scale_D, ctx.eps, ctx.inner, ctx.needs_input_grad[1]), *nothing
+
+
+def _normalised(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x / rms(x)`` and ``1 / rms(x)``, in float32."""
+    x32 = x.float()
+    r = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return x32 * r, r
 
 
 def gradients(
@@ -65,9 +70,7 @@ def gradients(
         x: ``[..., D]``.
         inner: type that the normalised input is rounded to before it is scaled.
     """
-    x32 = x.float()
-    r = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    normed = x32 * r
+    normed, r = _normalised(x, eps)
     grad = functools.reduce(torch.add, grads).to(torch.promote_types(scale_D.dtype, inner))
     dnormed = (grad * scale_D).to(inner).float()
     dx = (r * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))).to(x.dtype)

@@ -62,40 +62,42 @@ def _programs(device: torch.device) -> int:
     return _PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@torch.library.triton_op("preftree::rms_norm_gradients", mutates_args=())
-def _gradients(
-    grads_OID: list[torch.Tensor],
-    beside_OID: torch.Tensor | None,
-    x_OID: torch.Tensor,
-    scale_D: torch.Tensor,
-    eps: float,
-    inner: torch.dtype,
-    wants_scale: bool,
-    programs: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `rms_norm.gradients`; the scale's gradient in parts ``[programs, D]``, float32."""
-    outer, middle, width = x_OID.shape
-    dx_OID = x_OID.new_empty((outer, middle, width))
-    partial = x_OID.new_empty((programs if wants_scale else 0, width), dtype=torch.float32)
-    block = triton.next_power_of_2(width)
-    tile = max(1, _ELEMENTS // block)
-    # What is not there is not read.
-    grads = [*grads_OID, *grads_OID[:1] * MOST_READERS][:MOST_READERS]
-    read = [*grads, x_OID if beside_OID is None else beside_OID, x_OID]
-    torch.library.wrap_triton(_gradients_kernel)[(programs,)](
-        *read, scale_D, dx_OID, partial, outer * middle, middle, *(step for each in read for step in each.stride()[:2]),
-        eps=eps, width=width, INNER=_TYPES[inner], PRODUCT=_TYPES[torch.promote_types(scale_D.dtype, inner)],
-        GRADS=len(grads_OID), BESIDE=beside_OID is not None, SCALE=wants_scale,
-        TILE=tile, BLOCK=block, num_warps=_WARPS,
-    )  # fmt: skip
-    return dx_OID, partial
-
-
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """As ``[outer, inner, D]``, where it lies if it can: heads are columns of a larger matrix."""
     if x.ndim < 3 or x.is_contiguous() or x.stride(-1) != 1:
         return x.reshape(-1, 1, x.shape[-1])
     return x.reshape(-1, *x.shape[-2:])
+
+
+@torch.library.triton_op("preftree::rms_norm_gradients", mutates_args=())
+def _gradients(
+    grads: list[torch.Tensor],
+    beside: torch.Tensor | None,
+    x: torch.Tensor,
+    scale_D: torch.Tensor,
+    eps: float,
+    inner: torch.dtype,
+    wants_scale: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `rms_norm.gradients`; the scale's in a part of each program, ``[programs, D]``, float32."""
+    # What is not there is not read.
+    read = [*[*grads, *grads[:1] * MOST_READERS][:MOST_READERS], x if beside is None else beside, x]
+    rows = [_rows(each) for each in read]
+    if len({each.shape[1] for each in rows}) > 1:
+        rows = [_rows(each.contiguous()) for each in read]
+    outer, middle, width = rows[-1].shape
+    programs = _programs(x.device)
+    dx = x.new_empty(x.shape)
+    partial = x.new_empty((programs if wants_scale else 0, width), dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    torch.library.wrap_triton(_gradients_kernel)[(programs,)](
+        *rows, scale_D.contiguous(), dx, partial, outer * middle, middle,
+        *(step for each in rows for step in each.stride()[:2]),
+        eps=eps, width=width, INNER=_TYPES[inner], PRODUCT=_TYPES[torch.promote_types(scale_D.dtype, inner)],
+        GRADS=len(grads), BESIDE=beside is not None, SCALE=wants_scale,
+        TILE=max(1, _ELEMENTS // block), BLOCK=block, num_warps=_WARPS,
+    )  # fmt: skip
+    return dx, partial
 
 
 def gradients(
@@ -108,11 +110,5 @@ def gradients(
     wants_scale: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `rms_norm.gradients`."""
-    read = [_rows(each) for each in (*grads, x, *([] if beside is None else [beside]))]
-    if len({each.shape[1] for each in read}) > 1:
-        read = [each.contiguous().view(-1, 1, x.shape[-1]) for each in read]
-    dx, partial = _gradients(
-        read[: len(grads)], *([None] if beside is None else read[-1:]), read[len(grads)], scale_D.contiguous(), eps, inner,
-        wants_scale, _programs(x.device),
-    )  # fmt: skip
-    return dx.view(x.shape), partial.sum(0).to(scale_D.dtype) if wants_scale else None
+    dx, partial = _gradients(grads, beside, x, scale_D, eps, inner, wants_scale)
+    return dx, partial.sum(0).to(scale_D.dtype) if wants_scale else None
