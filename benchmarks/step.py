@@ -13,8 +13,8 @@ trained as all their pairs; TRL is given these one by one.
 TFLOP/s count the products of what a side computes, padding left out: 2 operations a weight and token, 4 (head size) (heads)
 (layers) a visible pair, three times that with a backward pass. MFU is their share of the card's dense bf16 rate. On a GPU
 steps follow each other as in training: a step's seconds are those between its end and that of the step before on the GPU.
-With ``--profile`` more steps say which kernels the time goes to; "idle" is the share of a step's seconds, as measured before,
-that these kernels do not fill.
+With ``--profile`` more steps that follow each other say which kernels the time goes to, and which share of it has none (which
+watching the kernels may make more of: "traced_s" is the seconds that such a step takes).
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def operations(case: Case, cost: Any, side: str) -> float:
 
 
 def run_side(
-    side: str, model_name: str, wanted: list[Case], started: float, compiled: bool = False, profiled: bool = False
+    side: str, model_name: str, wanted: list[Case], started: float, uncompiled: bool = False, profiled: bool = False
 ) -> list[dict[str, Any]]:
     """Train a few steps of each case with one side; ``started`` is when its process was."""
     import torch
@@ -227,7 +227,11 @@ def run_side(
     results = []
     library = trl if side == "trl" else preftree
     for case in wanted:
-        own = {"row_length": case.row_length, "share_prefixes": side == "preftree", "compile_layers": compiled}
+        own = {
+            "row_length": case.row_length,
+            "share_prefixes": side == "preftree",
+            "compile_layers": False if uncompiled else None,
+        }
         own = {} if side == "trl" else own
         args = library.DPOConfig(
             **own,
@@ -275,11 +279,11 @@ def run_side(
             result |= {"peak_gb": peak, "first_step_s": first}
             result["compilations_later"] = compilations
             if profiled and cuda:
-                result |= profile_steps(trainer, case, micro, vocabulary, median)
+                result |= profile_steps(trainer, case, micro, vocabulary)
             if not results:
                 result["start_s"] = time.time() - started - sum(seconds)
             results.append(result)
-        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+        print({key: value for key, value in results[-1].items() if key != "kernels"}, file=sys.stderr, flush=True)
         del trainer
         if cuda:
             torch.cuda.empty_cache()
@@ -307,31 +311,35 @@ def take_step(trainer: Any, parts: list[dict[str, Any]]) -> None:
     trainer.model.zero_grad()
 
 
-def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int, seconds: float) -> dict[str, Any]:
-    """Two steps' kernels: milliseconds a step and calls a step, longest first, and the share of ``seconds`` without any."""
+def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int) -> dict[str, Any]:
+    """Kernels of steps that follow each other: milliseconds and calls a step, longest first, and the share of time without."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    batches = collate(trainer, case, micro, vocabulary)[-2:]
+    batches = collate(trainer, case, micro, vocabulary)[-4:]
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for parts in batches:
             take_step(trainer, parts)
         torch.cuda.synchronize()
-    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
-    busy, until = 0.0, spans[0][0]
-    for start, end in spans:
-        busy += max(end - max(start, until), 0.0)
-        until = max(until, end)
+    on_device = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    kernels = sorted(on_device, key=lambda event: event.time_range.start)
+    # The first step finds the device waiting.
+    kernels = kernels[len(kernels) // len(batches) :]
+    steps = len(batches) - 1
+    busy, started = 0.0, kernels[0].time_range.start
+    until = started
     spent: dict[str, list[float]] = {}
     for event in kernels:
-        spent.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
-    steps = len(batches)
+        start, end = event.time_range.start, event.time_range.end
+        busy += max(end - max(start, until), 0.0)
+        until = max(until, end)
+        spent.setdefault(event.name, []).append((end - start) / 1e3)
     listed = [
         {"kernel": name, "ms": sum(times) / steps, "calls": len(times) / steps}
         for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))
     ]
-    return {"idle": 1 - busy / 1e6 / steps / seconds, "kernels": listed}
+    traced = {"idle": 1 - busy / (until - started), "traced_s": (until - started) / 1e6 / steps}
+    return traced | {"kernels": listed}
 
 
 def timed_steps(
@@ -410,7 +418,7 @@ def summarise(measured: dict[str, list[dict[str, Any]]], peak: float | None) -> 
             row["peak_gb"] = max(result["peak_gb"] for result in own)
             row["mfu"] = row["tflops"] / peak if peak else None
             if "idle" in own[-1]:
-                row["idle"] = own[-1]["idle"]
+                row |= {key: own[-1][key] for key in ("idle", "traced_s")}
             if any("start_s" in result for result in own):
                 row["start_s"] = max(result.get("start_s", 0.0) for result in own)
             by_side[side] = row
@@ -452,7 +460,9 @@ def show_profile(result: dict[str, Any], count: int = 16) -> None:
         return
     kernels = result["kernels"]
     total = sum(kernel["ms"] for kernel in kernels)
-    print(f"  {total:.1f} ms of kernels a step, {result['idle']:.1%} of its time without one")
+    print(
+        f"  {total:.1f} ms of kernels in a step of {result['traced_s'] * 1e3:.1f} ms, {result['idle']:.1%} without one"
+    )
     for kernel in kernels[:count]:
         print(
             f"  {kernel['ms']:>9.2f} ms {kernel['ms'] / total:>6.1%} {kernel['calls']:>7.0f} x {kernel['kernel'][:110]}"
@@ -471,7 +481,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="counted steps of a round (2; 6 with suites)")
     parser.add_argument("--rounds", type=int, help="how often the sides take turns (2; 1 with suites)")
     parser.add_argument("--out", type=Path, help="folder for a CSV")
-    parser.add_argument("--compile", action="store_true", help="packed and preftree with their layers compiled")
+    parser.add_argument("--uncompiled", action="store_true", help="packed and preftree without compiled layers (GPU)")
     parser.add_argument("--profile", action="store_true", help="which kernels the time goes to (GPU)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
@@ -489,7 +499,7 @@ def main() -> None:
         name = f"{options.pairs} pairs of {size} tokens a step, lengths a tenth around"
         wanted = [even(name, options.prompt, options.response, options.pairs, steps, spread=0.1)]
     if options.side:
-        results = run_side(options.side, options.model, wanted, options.started, options.compile, options.profile)
+        results = run_side(options.side, options.model, wanted, options.started, options.uncompiled, options.profile)
         print(json.dumps(results))
         return
     from preftree.report import versions

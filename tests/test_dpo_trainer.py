@@ -335,5 +335,6 @@ def test_compiled_layers_exclude_offloaded_activations():
     offloading = {"activation_offloading": True, "gradient_checkpointing": False, "bf16": False, "use_cpu": True}
     with pytest.raises(ValueError, match="compile_layers cannot be combined with activation_offloading"):
         preftree.DPOConfig(compile_layers=True, **offloading)
-    assert not preftree.DPOConfig(torch_compile=True, **offloading).compiles_layers
-    assert preftree.DPOConfig(torch_compile=True, bf16=False, use_cpu=True).compiles_layers
+    assert preftree.DPOConfig(torch_compile=True, **offloading).compiles_layers is False
+    assert preftree.DPOConfig(torch_compile=True, bf16=False, use_cpu=True).compiles_layers is True
+    assert preftree.DPOConfig(bf16=False, use_cpu=True).compiles_layers is None

@@ -1,5 +1,7 @@
 """FlashAttention-4's sums of keys' gradients before their conversion, with a made-up library in the place of its kernels."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -89,3 +91,50 @@ def test_another_layout_is_left_to_the_library(monkeypatch):
     assert held == {}
     assert not (dk == 9).any()
     torch.testing.assert_close(dk * 2, dv)
+
+
+NAMES = ("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+
+
+@pytest.fixture
+def cache_home(monkeypatch, tmp_path):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_compiled_kernels_are_kept_on_the_disk(cache_home):
+    with fa4.kernels_kept():
+        enabled, folder = (os.environ[name] for name in NAMES)
+    assert enabled == "1"
+    assert Path(folder).is_dir()
+    assert Path(folder).is_relative_to(cache_home)
+    assert not any(name in os.environ for name in NAMES)
+    with pytest.raises(ImportError), fa4.kernels_kept():
+        raise ImportError
+    assert not any(name in os.environ for name in NAMES)
+
+
+@pytest.mark.parametrize(("name", "value"), [(NAMES[0], "0"), (NAMES[0], "1"), (NAMES[1], "/elsewhere")])
+def test_where_kernels_are_kept_is_the_user_s_to_say(cache_home, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with fa4.kernels_kept():
+        assert {each: os.environ[each] for each in NAMES if each in os.environ} == {name: value}
+    assert os.environ[name] == value
+    assert not list(cache_home.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no locks"])
+def test_nothing_is_kept_where_the_library_could_not(cache_home, monkeypatch, fault):
+    if fault == "no folder":
+        (cache_home / "preftree").write_text("in the way")
+    else:
+        fcntl = pytest.importorskip("fcntl")
+
+        def refuse(file, operation):
+            raise OSError("no locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    with fa4.kernels_kept():
+        assert not any(name in os.environ for name in NAMES)

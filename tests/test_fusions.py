@@ -3,9 +3,10 @@
 import pytest
 import torch
 from families import exact_model
+from torch import nn
 
 import preftree
-from preftree.models import compiled, rms_norm  # noqa: F401 (registers the operator)
+from preftree.models import compiled, products, rms_norm  # noqa: F401 (registers the operator)
 from preftree.models.fusions import fuse
 
 SINGLE, HALF = torch.float32, torch.bfloat16
@@ -154,3 +155,129 @@ def test_what_is_no_rms_norm_stays(function):
         assert torch.equal(torch.compile(function, backend=look)(x, scale), function(x, scale))
         torch.compile(norm, backend=look)(x, scale)
     assert counts == [0, 1]
+
+
+# Gated MLPs with and without the sum behind them, and other products onto the residual stream; of a whole layer.
+@pytest.mark.parametrize(
+    ("name", "found"), [("llama", (1, 1, 1)), ("qwen3", (1, 1, 1)), ("gemma3", (1, 0, 0)), ("olmo2", (1, 0, 0))]
+)
+@pytest.mark.usefixtures("nothing_compiled")
+def test_products_are_found(name, found, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(products, "serves", lambda *operands: True)
+    monkeypatch.setattr(compiled, "_BACKEND", lambda module, inputs: graphs.append(module.graph) or module)
+    model = preftree.prepare_model(exact_model(name), compile=True)
+    row = preftree.pack([preftree.TokenTree.from_sequences([[1, 2, 3, 4], [1, 2, 5, 6, 7]], [2, 2])])[0]
+    preftree.sequence_logps(model, row).logps.sum().backward()
+    assert counted(graphs[0]) == found
+
+
+def counted(graph):
+    operators = torch.ops.preftree
+    mlps = graph.find_nodes(op="call_function", target=operators.gated_mlp.default)
+    sums = graph.find_nodes(op="call_function", target=operators.linear_onto.default)
+    return len(mlps), sum(node.args[4] is not None for node in mlps), len(sums)
+
+
+linear = nn.functional.linear
+
+
+def mlp(x, gate, up, down, activate=nn.functional.silu):
+    return linear(activate(linear(x, gate)) * linear(x, up), down)
+
+
+def tanh_gelu(x):
+    return nn.functional.gelu(x, approximate="tanh")
+
+
+def other_way_round(x, gate, up, down):
+    return linear(linear(x, up) * nn.functional.silu(linear(x, gate)), down)
+
+
+def input_activated_in_place(x, gate, up, down):
+    hidden = linear(x, gate)
+    product = linear(hidden, down)
+    nn.functional.silu(hidden, inplace=True)
+    return x + product
+
+
+def gate_read_twice(x, gate, up, down):
+    g = linear(x, gate)
+    return linear(nn.functional.silu(g) * linear(x, up), down) + g.sum()
+
+
+def unit_read_twice(x, gate, up, down):
+    unit = nn.functional.silu(linear(x, gate)) * linear(x, up)
+    return linear(unit, down) + unit.sum()
+
+
+def twice_activated(x, gate, up, down):
+    return linear(nn.functional.silu(linear(x, gate)) * nn.functional.silu(linear(x, up)), down)
+
+
+def result_read_twice(x, gate, up, down):
+    out = mlp(x, gate, up, down)
+    return x + out + out.sum()
+
+
+MLPS = {
+    "swiglu": (mlp, (1, 0, 0)),
+    "geglu": (lambda *given: mlp(*given, activate=tanh_gelu), (1, 0, 0)),
+    "up first": (other_way_round, (1, 0, 0)),
+    "residual": (lambda x, *weights: x + mlp(x, *weights), (1, 1, 0)),
+    "residual behind": (lambda x, *weights: mlp(x, *weights) + x, (1, 1, 0)),
+    "residual broadcast": (lambda x, *weights: mlp(x, *weights) + x[:1], (1, 0, 0)),
+    "residual scaled": (lambda x, *weights: torch.add(x, mlp(x, *weights), alpha=2), (1, 0, 0)),
+    "residual of another type": (lambda x, *weights: x.double() + mlp(x, *weights), (1, 0, 0)),
+    "doubled": (lambda *given: (out := mlp(*given)) + out, (1, 0, 0)),
+    "result read twice": (result_read_twice, (1, 0, 0)),
+    "erf gelu": (lambda *given: mlp(*given, activate=nn.functional.gelu), (0, 0, 0)),
+    "relu": (lambda *given: mlp(*given, activate=torch.relu), (0, 0, 0)),
+    "gate read twice": (gate_read_twice, (0, 0, 0)),
+    "unit read twice": (unit_read_twice, (0, 0, 0)),
+    "another input": (lambda x, g, u, d: linear(nn.functional.silu(linear(x, g)) * linear(x + 1, u), d), (0, 0, 0)),
+    "bias": (lambda x, g, u, d: linear(nn.functional.silu(linear(x, g, g[:, 0])) * linear(x, u), d), (0, 0, 0)),
+    "bias of down": (
+        lambda x, g, u, d: x + linear(nn.functional.silu(linear(x, g)) * linear(x, u), d, d[:, 0]),
+        (0, 0, 0),
+    ),
+    "broadcast up": (lambda x, g, u, d: linear(nn.functional.silu(linear(x, g)) * linear(x, u[:1]), d), (0, 0, 0)),
+    "twice activated": (twice_activated, (0, 0, 0)),
+    "plain": (lambda x, g, u, d: x + linear(linear(x, g), d), (0, 0, 1)),
+    "written into": (lambda x, *weights: mlp(x, *weights).add_(x), (0, 0, 0)),
+    "activated in place": (
+        lambda *given: mlp(*given, activate=lambda g: nn.functional.silu(g, inplace=True)),
+        (0, 0, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "expected"), MLPS.values(), ids=MLPS)
+@pytest.mark.usefixtures("nothing_compiled")
+def test_gated_mlps_are_told_from_others(function, expected, monkeypatch):
+    monkeypatch.setattr(products, "serves", lambda *operands: True)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator) for shape in ((5, 8), (12, 8), (12, 8), (8, 12))]
+    counts = []
+
+    def look(module, inputs):
+        fuse(module)
+        counts.append(counted(module.graph))
+        return module
+
+    torch.testing.assert_close(torch.compile(function, backend=look)(*given), function(*given))
+    assert counts == [expected]
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_products_that_no_kernel_serves_stay():
+    counts = []
+
+    def look(module, inputs):
+        fuse(module)
+        counts.append(counted(module.graph))
+        return module
+
+    x, gate, up, down = (torch.randn(shape) for shape in ((5, 8), (16, 8), (16, 8), (8, 16)))
+    torch.compile(lambda *given: x + mlp(*given), backend=look)(x, gate, up, down)
+    assert counts == [(0, 0, 0)]

@@ -1,4 +1,4 @@
-"""Modules of Triton kernels, where Triton is installed."""
+"""Modules of kernels, where the packages that they are written with are installed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def has_triton() -> bool:
 
 
 @cache
-def triton_kernels(module: str) -> Any:
-    """A module of Triton kernels by its full name, or None without Triton."""
+def kernels_of(module: str) -> Any:
+    """A module of kernels by its full name, or None without Triton or whatever else it imports."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from preftree.kernels import triton_kernels
+from preftree.kernels import kernels_of
 
 # The arrays that statistics need beside the logits hold at most this many numbers, to stay in a processor's cache.
 _STATISTICS_PER_CHUNK = 1 << 22
@@ -23,7 +23,7 @@ def token_scores(logits_CV: torch.Tensor, targets_C: torch.Tensor, statistics: b
         "log_sum_sq_probs" (``log sum_v p_v^2``).
     """
     half_or_single = logits_CV.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if logits_CV.is_cuda and half_or_single and (kernels := triton_kernels("preftree.token_scores_triton")) is not None:
+    if logits_CV.is_cuda and half_or_single and (kernels := kernels_of("preftree.token_scores_triton")) is not None:
         return kernels.token_scores(logits_CV, targets_C, statistics)
     logits_CV = logits_CV.float()
     log_z_C = logits_CV.logsumexp(-1)

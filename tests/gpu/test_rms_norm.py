@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from preftree.kernels import triton_kernels
+from preftree.kernels import kernels_of
 from preftree.models import rms_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -19,7 +19,7 @@ SINGLE, HALF = torch.float32, torch.bfloat16
     [(SINGLE, SINGLE, SINGLE), (HALF, HALF, HALF), (HALF, SINGLE, HALF), (HALF, HALF, SINGLE)],
 )
 def test_gradients(of_x, of_scale, inner, shape, readers, beside, strided):
-    kernels = triton_kernels("preftree.models.rms_norm_triton")
+    kernels = kernels_of("preftree.models.rms_norm_triton")
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(dtype):

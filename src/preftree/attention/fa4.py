@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -21,7 +25,8 @@ _NEEDED = ("mask_mod", "aux_scalars", "block_sparse_tensors", "learnable_sink", 
 def library() -> ModuleType | str:
     """The library's module of kernels, or why it cannot be used."""
     try:
-        from flash_attn.cute import interface
+        with kernels_kept():
+            from flash_attn.cute import interface
     except ImportError as error:
         return f"flash-attn-4 is not installed or does not load ({error}): pip install 'preftree[flash]'"
     for function in (interface._flash_attn_fwd, interface._flash_attn_bwd):
@@ -29,6 +34,40 @@ def library() -> ModuleType | str:
         if missing:
             return f"this flash-attn-4 lacks {', '.join(missing)}: preftree needs 4.0.0b36 or later"
     return interface
+
+
+@contextmanager
+def kernels_kept() -> Iterator[None]:
+    """While the library is imported: that it keeps compiled kernels on the disk, for the next process.
+
+    They are some seconds' work each. Where they lie is the user's to say, by the library's own variables.
+    """
+    names = ("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+    folder = None if any(name in os.environ for name in names) else _cache_folder()
+    if folder is None:
+        yield
+        return
+    os.environ.update(zip(names, ("1", str(folder)), strict=True))
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+
+
+def _cache_folder() -> Path | None:
+    """A folder of the user's own in which files can be locked, which the library does."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    folder = Path(base).expanduser() / "preftree" / "flash-attention"
+    try:
+        import fcntl  # not on every system
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return None
+    return folder
 
 
 def refusal(layer: Layer, capabilities: tuple[int, ...]) -> str | None:

@@ -10,13 +10,23 @@ Importing this module needs flash-attn-4.
 
 # No `from __future__ import annotations`: CuTe DSL reads annotations as they are.
 
+import hashlib
 from functools import cache
+from pathlib import Path
 
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from flash_attn.cute.utils import scalar_to_ssa
+
+_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def _told_apart(function, name):
+    """With the attribute that FlashAttention-4 keys compiled kernels by; of itself it would not look at what this calls."""
+    function.__cute_hash__ = f"preftree {name} {_SOURCE}"
+    return function
 
 
 @dsl_user_op
@@ -55,6 +65,10 @@ def tree_mask_from(batch, head, query, key, seqlen_info, tensors, scalars):
     return (key <= query) & (query < _at(scalars[0], key)) & seen
 
 
+_told_apart(tree_mask, "tree_mask")
+_told_apart(tree_mask_from, "tree_mask_from")
+
+
 @cache
 def softcap_functions(softcap: float):
     """``c tanh(score / c)`` and its derivative times a gradient; FlashAttention-4's own take an approximate tanh."""
@@ -68,4 +82,4 @@ def softcap_functions(softcap: float):
         value = cute.math.tanh(score / softcap)
         return gradient * (1.0 - value * value)
 
-    return cap, uncap
+    return _told_apart(cap, f"cap {softcap!r}"), _told_apart(uncap, f"uncap {softcap!r}")

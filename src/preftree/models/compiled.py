@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from preftree.kernels import has_triton
 from preftree.models.fusions import fuse
 from preftree.models.interface import KeysReached, RowMask
+from preftree.models.products import side_by_side
 
 _WRAPPER = "forward_with_checkpointing"
 # Dynamo's backend that compiles the rewritten graphs.
@@ -27,11 +28,14 @@ _BACKEND = "inductor"
 _INDUCTOR: dict[str, Any] = {
     # Half precision is rounded where the stock layer rounds it, whatever is fused with what.
     "emulate_precision_casts": True,
+    # Sums in one order, whichever kernel is fastest on the day: policy and reference with the same weights start with the
+    # same bits, compiled with gradients and without, and runs repeat.
+    "deterministic": True,
     # These are chosen by a row's length: it would be compiled once more for rows on the other side of some size.
     "triton.mix_order_reduction": False,
 }
 # Modules of operators that compiled code holds the formulas of.
-_OPERATORS = ("operator", "rms_norm", "rms_norm_triton")
+_OPERATORS = ("operator", "rms_norm", "rms_norm_triton", "products", "products_formulas", "products_quack")
 _DYNAMO: dict[str, Any] = {
     # Compilations of one class's code: with and without gradients, by kind of attention, by what is trained. Dynamo's own
     # limit of 8 would end in layers that run uncompiled.
@@ -59,6 +63,7 @@ def compile_layers(model: torch.nn.Module, or_stock: bool = False) -> int:
         if not getattr(layer, "runs_rows_compiled", False):
             kind: Any = type(layer)
             layer.__class__ = _compiled_class(kind, or_stock)
+            side_by_side(layer)
     return len(layers)
 
 

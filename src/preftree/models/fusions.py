@@ -1,6 +1,6 @@
-"""What a layer's captured graph is rewritten to before it is compiled: operations whose backward pass a compiler does badly.
+"""What a layer's captured graph is rewritten to before it is compiled: operations that a compiler does badly.
 
-Patterns are of operations, not of model families: whatever spells out an RMSNorm gets it.
+Patterns are of operations, not of model families: whatever spells out an RMSNorm or a gated MLP gets it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from preftree.models import products
 from preftree.models.rms_norm import MOST_READERS
 
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem)
@@ -25,6 +26,13 @@ def fuse(module: GraphModule) -> None:
     graph = module.graph
     if any(map(_writes, graph.nodes)):
         return
+    for node in list(graph.nodes):
+        if _name(node) in ("silu", "gelu"):
+            _fuse_gated_mlp(graph, node)
+    for node in list(graph.nodes):
+        if _name(node) == "linear":
+            _fuse_residual(graph, node)
+    # Last: the others leave their results fewer readers.
     for node in list(graph.find_nodes(op="call_function", target=torch.rsqrt)):
         _fuse_rms_norm(graph, node)
     graph.lint()
@@ -50,7 +58,8 @@ def _before_cast(node: Any) -> Any:
 
 def _writes(node: Node) -> bool:
     """Whether a node changes what it reads."""
-    return (_name(node) or "").endswith("_") or node.target in _IN_PLACE or "out" in node.kwargs
+    named = (_name(node) or "").endswith("_") or node.target in _IN_PLACE
+    return named or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
 
 
 def _only_user(node: Any) -> Any:
@@ -125,3 +134,72 @@ def _fuse_rms_norm(graph: Graph, root: Any) -> None:
     for user in later:
         user.replace_input_with(x, beside)
     _erase(graph, result, scaled, rounded, normed, root, added, mean, mean.args[0], x32)
+
+
+def _linear(node: Any) -> tuple[Any, Any] | None:
+    """Input and weight of a product without a bias."""
+    if _name(node) != "linear" or node.kwargs or node.args[2:] not in ((), (None,)):
+        return None
+    return node.args[:2]
+
+
+def _gated_unit(node: Any) -> str | None:
+    """The name of the gated unit with an activation."""
+    if _name(node) == "silu" and node.kwargs in ({}, {"inplace": False}) and len(node.args) == 1:
+        return "swiglu"
+    if _name(node) == "gelu" and node.kwargs == {"approximate": "tanh"}:
+        return "geglu"
+    return None
+
+
+def _added_to(node: Any) -> tuple[Any, Any]:
+    """What is added to a node that nothing else reads, and the sum; or neither."""
+    total = _only_user(node)
+    if _name(total) != "add" or total.kwargs or len(total.args) != 2 or total.args[0] is total.args[1]:
+        return None, None
+    other = total.args[1] if total.args[0] is node else total.args[0]
+    values: list[Any] = [_tensor(each) for each in (node, other, total)]
+    if any(v is None or v.dtype != values[0].dtype or v.shape != values[0].shape for v in values):
+        return None, None
+    return other, total
+
+
+def _replace(graph: Graph, result: Any, target: Any, arguments: tuple[Any, ...], *inner: Any) -> None:
+    """Compute a node otherwise, without those that it was computed from."""
+    with graph.inserting_before(result):
+        fused = graph.call_function(target, arguments)
+    fused.meta["example_value"] = _tensor(result)
+    result.replace_all_uses_with(fused)
+    _erase(graph, result, *inner)
+
+
+def _fuse_gated_mlp(graph: Graph, activated: Any) -> None:
+    """Replace the gated MLP around an activation, if it is one that kernels serve: ``down(activation(gate(x)) * up(x))``."""
+    unit, gate, gated = _gated_unit(activated), activated.args[0], _only_user(activated)
+    if unit is None or _only_user(gate) is None or gated is None or gated.target is not operator.mul:
+        return
+    up = gated.args[1] if gated.args[0] is activated else gated.args[0]
+    down = _only_user(gated)
+    if (ahead := _linear(gate)) is None or (beside := _linear(up)) is None or (behind := _linear(down)) is None:
+        return
+    if beside[0] is not ahead[0] or behind[0] is not gated or _only_user(up) is None:
+        return
+    operands = (*ahead, beside[1], behind[1])
+    values: list[Any] = [_tensor(node) for node in (*operands, gate, up, down)]
+    if any(value is None or value.dtype != values[0].dtype for value in values) or values[4].shape != values[5].shape:
+        return
+    if products.serves(*values[:4]):
+        residual, total = _added_to(down)
+        inner = (down, gated, activated, gate, up)
+        _replace(graph, total or down, torch.ops.preftree.gated_mlp.default, (*operands, residual, unit), *inner)
+
+
+def _fuse_residual(graph: Graph, node: Any) -> None:
+    """Let a product be added to the residual stream as it is computed, if kernels serve it."""
+    residual, total = _added_to(node)
+    operands = _linear(node)
+    if total is None or operands is None:
+        return
+    values: list[Any] = [_tensor(each) for each in (*operands, node)]
+    if all(value is not None and value.dtype == values[0].dtype for value in values) and products.serves(*values[:2]):
+        _replace(graph, total, torch.ops.preftree.linear_onto.default, (*operands, residual), node)

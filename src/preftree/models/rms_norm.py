@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from preftree.kernels import triton_kernels
+from preftree.kernels import kernels_of
 
 _library = torch.library.Library("preftree", "FRAGMENT")
 _library.define(
@@ -41,7 +41,7 @@ class _RmsNorm(torch.autograd.Function):
         nothing = (None, None, None, None)
         if not given:
             return beside, None, *nothing
-        kernels = triton_kernels("preftree.models.rms_norm_triton") if x.is_cuda else None
+        kernels = kernels_of("preftree.models.rms_norm_triton") if x.is_cuda else None
         run = gradients if kernels is None else kernels.gradients
         return *run(given, beside, x, scale_D, ctx.eps, ctx.inner, ctx.needs_input_grad[1]), *nothing
 

@@ -64,8 +64,8 @@ class TreeArguments:
     compile_layers: bool | None = field(
         default=None,
         metadata={
-            "help": "Run the decoder layers under torch.compile, one compilation for all row lengths. None: with "
-            "`torch_compile`."
+            "help": "Run the decoder layers under torch.compile, one compilation for all row lengths. None: on a GPU, and "
+            "with `torch_compile`."
         },
     )
     share_prefixes: bool = field(
@@ -107,12 +107,14 @@ class TreeArguments:
         return self.row_length if isinstance(self.row_length, int) else None
 
     @property
-    def compiles_layers(self) -> bool:
-        """What `compile_layers` comes to."""
+    def compiles_layers(self) -> bool | None:
+        """What `compile_layers` comes to, as `prepare_model` takes it: None leaves it to the device."""
+        own: Any = self
         if self.compile_layers is not None:
             return self.compile_layers
-        own: Any = self
-        return bool(own.torch_compile and not getattr(own, "activation_offloading", False))
+        if getattr(own, "activation_offloading", False):
+            return False
+        return True if own.torch_compile else None
 
     def unused_options(self) -> Iterator[tuple[str, str]]:
         """``(option, why)`` of options that are set but have no effect."""

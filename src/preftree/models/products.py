@@ -1,0 +1,272 @@
+"""A layer's products that compute what stands behind them as well, forward and backward, where such kernels serve.
+
+A compiler leaves products to a library and makes passes over memory of what stands between them: of a gated MLP's activation
+and of the sums with the residual stream. A kernel that has its results in registers needs no pass, and rounds less often
+(`products_quack`). A gated MLP (Shazeer, arXiv 2002.05202, equation 6) keeps gate and up for the backward pass with their
+columns in turns, ``[g0, u0, g1, u1, ...]``, which is how the kernels have them side by side.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from preftree.kernels import kernels_of
+from preftree.models import products_formulas
+
+# By their names as gated units.
+ACTIVATIONS = ("swiglu", "geglu")
+_KERNELS = "preftree.models.products_quack"
+_library = torch.library.Library("preftree", "FRAGMENT")
+
+
+def serves(*operands: torch.Tensor) -> bool:
+    """Whether kernels compute products of these operands, an input and weights; fake tensors will do."""
+    x = operands[0]
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if any(each.device != x.device or each.dtype != x.dtype or each.shape[-1] % 8 for each in operands):
+        return False
+    return all(each.ndim == 2 and each.shape[0] % 8 == 0 for each in operands[1:]) and _work(x.device, x.dtype)
+
+
+@functools.cache
+def _work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels are there for a device and compute what the formulas do, tried once on a few numbers."""
+    kernels = kernels_of(_KERNELS)
+    if kernels is None or kernels.refusal(torch.cuda.get_device_capability(device)) is not None:
+        return False
+    with unset_fake_temporarily(), torch.no_grad():
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = (40, 64), (192, 64), (64, 96), (40, 64)
+        x, weights, down, grad = (torch.randn(s, device=device, generator=generator).div(8).to(dtype) for s in shapes)
+        _, both = products_formulas.up(x, weights, "swiglu", True)
+        try:
+            by_kernels, by_formulas = (
+                (
+                    *products.up(x, weights, "swiglu", True),
+                    products.up(x, weights, "swiglu", False)[0],
+                    *products.up_backward(grad, down, both, "swiglu"),
+                    products.input_gradient(both, weights),
+                    products.weight_gradients(both, x),
+                    products.onto(x, weights, both),
+                )
+                for products in (kernels, products_formulas)
+            )
+            pairs = zip(by_kernels, by_formulas, strict=True)
+            error = max(float((one - other).float().norm() / other.float().norm()) for one, other in pairs)
+            wrong = "" if error < 0.02 else f"their relative error is {error:.2g}"
+        except Exception as raised:
+            wrong = f"{type(raised).__name__}: {raised}"
+    if wrong:
+        warnings.warn(
+            f"the kernels of the package quack-kernels do not work here, layers run somewhat slower without them: {wrong}",
+            UserWarning,
+            stacklevel=2,
+        )
+    return not wrong
+
+
+def side_by_side(model: nn.Module) -> int:
+    """Let the weights of gate and up that kernels serve lie behind each other in memory; returns how many MLPs it found.
+
+    The kernels read both as one matrix, which else would be put together anew for each product. Parameters stay what they
+    are, with other memory behind them: optimizers, checkpoints and tied weights see no difference.
+    """
+    found = 0
+    for module in model.modules():
+        linears: list[Any] = [layer for layer in module.children() if type(layer) is nn.Linear and layer.bias is None]
+        for gate, up in pairwise(linears):
+            shape = gate.weight.shape
+            alike = [layer for layer in linears if layer.weight.shape == shape]
+            back = [layer for layer in linears if layer.weight.shape == shape[::-1]]
+            if alike != [gate, up] or gate.weight is up.weight or len(back) != 1:
+                continue
+            if all(map(_alone, (gate.weight, up.weight))) and serves(gate.weight, gate.weight, up.weight):
+                both = torch.cat((gate.weight.data, up.weight.data))
+                gate.weight.data, up.weight.data = both.chunk(2)
+                found += 1
+    return found
+
+
+def _alone(weight: Any) -> bool:
+    """Whether a parameter is all that its memory holds: not a part of what somebody has laid out."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.is_contiguous()
+        and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    )
+
+
+def _as_one(gate_FD: torch.Tensor, up_FD: torch.Tensor) -> torch.Tensor:
+    """Both weights as one matrix ``[2 F, D]``: without a copy where they lie behind each other."""
+    shared = gate_FD.untyped_storage().data_ptr() == up_FD.untyped_storage().data_ptr()
+    behind = up_FD.storage_offset() == gate_FD.storage_offset() + gate_FD.numel()
+    if shared and behind and gate_FD.is_contiguous() and up_FD.is_contiguous():
+        features, size = gate_FD.shape
+        return gate_FD.as_strided((2 * features, size), (size, 1))
+    return torch.cat((gate_FD, up_FD))
+
+
+def _by(x: torch.Tensor) -> Any:
+    """The kernels, or what they are to compute."""
+    return (kernels_of(_KERNELS) if x.is_cuda else None) or products_formulas
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """An operator that compilers do not look into, called with less ado than `torch.library.custom_op` makes."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+
+    def register(function: Callable[..., Any]) -> Any:
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, function, device)
+        return getattr(torch.ops.preftree, name).default
+
+    return register
+
+
+@_operator("gated_up(Tensor x, Tensor gate, Tensor up, str activation, bool keeps) -> (Tensor, Tensor)")
+def _up(x_ND, gate_FD, up_FD, activation, keeps):
+    return _by(x_ND).up(x_ND.contiguous(), _as_one(gate_FD, up_FD), activation, keeps)
+
+
+@torch.library.register_fake("preftree::gated_up", lib=_library)
+def _(x_ND, gate_FD, up_FD, activation, keeps):
+    shape = (x_ND.shape[0], gate_FD.shape[0])
+    return x_ND.new_empty(shape), x_ND.new_empty((shape[0], 2 * shape[1]) if keeps else 0)
+
+
+@_operator("gated_up_backward(Tensor grad, Tensor down, Tensor both, str activation) -> (Tensor, Tensor)")
+def _up_backward(grad_ND, down_DF, both_NF2, activation):
+    return _by(grad_ND).up_backward(grad_ND.contiguous(), down_DF.contiguous(), both_NF2, activation)
+
+
+@torch.library.register_fake("preftree::gated_up_backward", lib=_library)
+def _(grad_ND, down_DF, both_NF2, activation):
+    return torch.empty_like(both_NF2), grad_ND.new_empty((grad_ND.shape[0], down_DF.shape[1]))
+
+
+@_operator("gated_input_gradient(Tensor grads, Tensor gate, Tensor up) -> Tensor")
+def _input_gradient(grads_NF2, gate_FD, up_FD):
+    return _by(grads_NF2).input_gradient(grads_NF2, _as_one(gate_FD, up_FD))
+
+
+@torch.library.register_fake("preftree::gated_input_gradient", lib=_library)
+def _(grads_NF2, gate_FD, up_FD):
+    return grads_NF2.new_empty((grads_NF2.shape[0], gate_FD.shape[1]))
+
+
+@_operator("gated_weight_gradients(Tensor grads, Tensor x) -> Tensor")
+def _weight_gradients(grads_NF2, x_ND):
+    return _by(grads_NF2).weight_gradients(grads_NF2, x_ND.contiguous())
+
+
+@torch.library.register_fake("preftree::gated_weight_gradients", lib=_library)
+def _(grads_NF2, x_ND):
+    return grads_NF2.new_empty((grads_NF2.shape[1], x_ND.shape[1]))
+
+
+@_operator("product_onto(Tensor x, Tensor weight, Tensor residual) -> Tensor")
+def _onto(x_ND, weight_ED, residual_NE):
+    return _by(x_ND).onto(x_ND.contiguous(), weight_ED.contiguous(), residual_NE.contiguous())
+
+
+@torch.library.register_fake("preftree::product_onto", lib=_library)
+def _(x_ND, weight_ED, residual_NE):
+    return x_ND.new_empty(residual_NE.shape)
+
+
+def _down(x_NF: torch.Tensor, down_DF: torch.Tensor, residual_ND: torch.Tensor | None) -> torch.Tensor:
+    return x_NF @ down_DF.T if residual_ND is None else _onto(x_NF, down_DF, residual_ND)
+
+
+class _LinearOnto(torch.autograd.Function):
+    """See `linear_onto`."""
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_ED, residual_NE):
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x_ND if wants_weight else None, weight_ED if wants_x else None)
+        return _onto(x_ND, weight_ED, residual_NE)
+
+    @staticmethod
+    def backward(ctx, grad_NE):
+        x_ND, weight_ED = ctx.saved_tensors
+        dx_ND = None if weight_ED is None else grad_NE @ weight_ED
+        return dx_ND, None if x_ND is None else grad_NE.T @ x_ND, grad_NE
+
+
+class _GatedMlp(torch.autograd.Function):
+    """See `gated_mlp`."""
+
+    @staticmethod
+    def forward(ctx, x_ND, gate_FD, up_FD, down_DF, residual_ND, activation):
+        out_NF, both_NF2 = _up(x_ND, gate_FD, up_FD, activation, True)
+        ctx.activation = activation
+        ctx.save_for_backward(x_ND if any(ctx.needs_input_grad[1:3]) else None, gate_FD, up_FD, down_DF, both_NF2)
+        return _down(out_NF, down_DF, residual_ND)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        x_ND, gate_FD, up_FD, down_DF, both_NF2 = ctx.saved_tensors
+        wants_x, wants_gate, wants_up, wants_down, wants_residual, _ = ctx.needs_input_grad
+        grads_NF2, out_NF = _up_backward(grad_ND, down_DF, both_NF2, ctx.activation)
+        dx_ND = _input_gradient(grads_NF2, gate_FD, up_FD) if wants_x else None
+        halves: Any = _weight_gradients(grads_NF2, x_ND).chunk(2) if wants_gate or wants_up else (None, None)
+        ddown_DF = grad_ND.T @ out_NF if wants_down else None
+        return dx_ND, *halves, ddown_DF, grad_ND if wants_residual else None, None
+
+
+_library.define("linear_onto(Tensor x, Tensor weight, Tensor residual) -> Tensor")
+_library.define("gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? residual, str activation) -> Tensor")
+
+
+def _differentiated(*given: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
+
+
+@torch.library.impl(_library, "linear_onto", "CompositeImplicitAutograd")
+def linear_onto(x: torch.Tensor, weight_ED: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """``residual + x weight^T``, rounded once.
+
+    Args:
+        x: ``[..., D]``.
+        weight_ED: as `torch.nn.Linear` holds it.
+        residual: ``[..., E]``.
+    """
+    operands = x.flatten(0, -2), weight_ED, residual.flatten(0, -2)
+    run: Any = _LinearOnto.apply if _differentiated(*operands) else _onto
+    return run(*operands).view(residual.shape)
+
+
+@torch.library.impl(_library, "gated_mlp", "CompositeImplicitAutograd")
+def gated_mlp(
+    x: torch.Tensor,
+    gate_FD: torch.Tensor,
+    up_FD: torch.Tensor,
+    down_DF: torch.Tensor,
+    residual: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """``residual + (activation(x gate^T) * (x up^T)) down^T``.
+
+    Args:
+        x: ``[..., D]``.
+        gate_FD, up_FD, down_DF: weights, as `torch.nn.Linear` holds them.
+        residual: what the result is added to, ``[..., D]``, if it is to anything.
+        activation: of `ACTIVATIONS`: "swiglu" is SiLU's gated unit, "geglu" GELU's by its tanh formula.
+    """
+    x_ND, residual_ND = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
+    if _differentiated(x, gate_FD, up_FD, down_DF, residual):
+        out_ND = _GatedMlp.apply(x_ND, gate_FD, up_FD, down_DF, residual_ND, activation)
+    else:
+        out_ND = _down(_up(x_ND, gate_FD, up_FD, activation, False)[0], down_DF, residual_ND)
+    return out_ND.view(*x.shape[:-1], down_DF.shape[0])
