@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import preftree
 from preftree.attention import Rule, Scores, TreeAttention
-from preftree.models import compiled, interface, operator
+from preftree.models import compiled, interface, operator, products
 from preftree.models.compiled import compile_layers, worth_compiling
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
@@ -114,6 +114,56 @@ def test_checkpointing_goes_around_the_compiled_code(reentrant, monkeypatch):
     # With reentrant checkpointing the last layer is computed whole; else its keys are made outside, once.
     assert once == 4
     assert len(ran) == 2 * 3 + (not reentrant)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_less_is_kept_on_a_budget(fused, monkeypatch):
+    monkeypatch.setattr(compiled, "_BACKEND", "aot_eager_decomp_partition")
+    monkeypatch.setattr(products, "serves", lambda *operands: fused)
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "num_hidden_layers": 4}
+    row, kept, attended, results = ROWS[0], [], [], []
+    attend = interface.RowMask.forward
+    monkeypatch.setattr(interface.RowMask, "forward", lambda *given: attended.append(1) or attend(*given))
+    for budget in (1, 0.6, 0):
+        torch._dynamo.reset()
+        model = preftree.prepare_model(build("Qwen3", sizes), compile=True, activation_memory_budget=budget).train()
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        found = {}
+
+        def pack(tensor, found=found, weights=weights):
+            memory = tensor.untyped_storage()
+            if memory.data_ptr() not in weights:
+                found[memory.data_ptr()] = memory.nbytes()
+            return tensor
+
+        attended.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            results.append(numbers(model, row))
+        kept.append((sum(found.values()), len(attended)))
+    for one in results[1:]:
+        close(one, results[0])
+    # Attention takes more than others to compute again, and comes last.
+    (most, once), (less, still_once), (least, again) = kept
+    assert most > 1.2 * less
+    assert less > 1.2 * least
+    assert once == still_once == 4
+    assert again > 4
+
+
+def test_budgets_are_checked():
+    for budget in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=f"activation_memory_budget must be between 0 and 1, got {budget}"):
+            preftree.prepare_model(exact_model("llama"), compile=True, activation_memory_budget=budget)
+    common = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+    with pytest.raises(ValueError, match="between 0 and 1, got 2"):
+        preftree.DPOConfig(activation_memory_budget=2, **common)
+    with pytest.raises(ValueError, match=r"activation_memory_budget=0\.5 is about compiled layers"):
+        preftree.DPOConfig(activation_memory_budget=0.5, compile_layers=False, **common)
+    assert preftree.DPOConfig(activation_memory_budget=0.5, **common).compiles_layers is True
+    assert not dict(preftree.DPOConfig(activation_memory_budget=0.5, **common).unused_options())
+    common["gradient_checkpointing"] = True
+    unused = dict(preftree.DPOConfig(activation_memory_budget=0.5, **common).unused_options())
+    assert "computes whole layers again" in unused["activation_memory_budget"]
 
 
 def test_ordinary_batches_and_generation_are_not_compiled():

@@ -197,8 +197,15 @@ def other_way_round(x, gate, up, down):
 def input_activated_in_place(x, gate, up, down):
     hidden = linear(x, gate)
     product = linear(hidden, down)
-    nn.functional.silu(hidden, inplace=True)
-    return x + product
+    total = nn.functional.silu(hidden, inplace=True).sum()
+    return x + product + total
+
+
+def input_activated_in_place_by_position(x, gate, up, down):
+    hidden = linear(x, gate)
+    product = linear(hidden, down)
+    total = nn.functional.relu(hidden, True).sum()
+    return x + product + total
 
 
 def gate_read_twice(x, gate, up, down):
@@ -245,6 +252,8 @@ MLPS = {
     "twice activated": (twice_activated, (0, 0, 0)),
     "plain": (lambda x, g, u, d: x + linear(linear(x, g), d), (0, 0, 1)),
     "written into": (lambda x, *weights: mlp(x, *weights).add_(x), (0, 0, 0)),
+    "input activated in place": (input_activated_in_place, (0, 0, 0)),
+    "input activated in place by position": (input_activated_in_place_by_position, (0, 0, 0)),
     "activated in place": (
         lambda *given: mlp(*given, activate=lambda g: nn.functional.silu(g, inplace=True)),
         (0, 0, 0),

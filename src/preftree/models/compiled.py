@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
@@ -46,7 +47,7 @@ _DYNAMO: dict[str, Any] = {
 }
 
 
-def compile_layers(model: torch.nn.Module, or_stock: bool = False) -> int:
+def compile_layers(model: torch.nn.Module, or_stock: bool = False, memory_budget: float = 1.0) -> int:
     """Let the decoder layers of a transformers model run rows compiled; returns how many it found.
 
     Layers of one class run the same code, so that the first one's compilation serves all; lengths are symbolic, so that it
@@ -57,14 +58,22 @@ def compile_layers(model: torch.nn.Module, or_stock: bool = False) -> int:
 
     Args:
         or_stock: layers that do not compile run as they are, with a warning; otherwise that raises.
+        memory_budget: share of what a layer would keep for its backward pass that it may keep; the rest is computed again
+            there, what takes least operations first. 1 computes only what costs next to nothing; 0 the whole layer.
     """
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     for layer in layers:
         if not getattr(layer, "runs_rows_compiled", False):
             kind: Any = type(layer)
-            layer.__class__ = _compiled_class(kind, or_stock)
+            layer.__class__ = _compiled_class(kind, or_stock, memory_budget)
             side_by_side(layer)
     return len(layers)
+
+
+def check_memory_budget(memory_budget: float) -> None:
+    """Raise `ValueError` for what is no share."""
+    if not 0 <= memory_budget <= 1:
+        raise ValueError(f"activation_memory_budget must be between 0 and 1, got {memory_budget}")
 
 
 def worth_compiling(model: torch.nn.Module) -> bool:
@@ -99,15 +108,27 @@ def _keys_of(forward: Any) -> Any:
     return keys
 
 
-def _rewritten(module: GraphModule, inputs: list[Any]) -> Any:
+def _rewritten(module: GraphModule, inputs: list[Any], memory_budget: float = 1.0) -> Any:
     """The backend that Dynamo gives the graphs that it captured: what they are rewritten to, compiled."""
     fuse(module)
-    if _BACKEND != "inductor":
-        return lookup_backend(_BACKEND)(module, inputs)
-    known = torch._inductor.list_options()
+    # Our operators count among what takes time to compute again.
+    kept = {"activation_memory_budget": memory_budget, "is_non_builtin_to_include": True} if memory_budget < 1 else {}
     settings: Any = torch.compiler.config
-    with settings.patch(cache_key_tag=f"{settings.cache_key_tag} {_formulas()}"):
-        return compile_fx(module, inputs, config_patches={name: on for name, on in _INDUCTOR.items() if name in known})
+    with torch._functorch.config.patch(
+        {name: on for name, on in kept.items() if hasattr(torch._functorch.config, name)}
+    ):
+        if _BACKEND != "inductor":
+            return lookup_backend(_BACKEND)(module, inputs)
+        known = torch._inductor.list_options()
+        patches = {name: on for name, on in _INDUCTOR.items() if name in known}
+        with settings.patch(cache_key_tag=f"{settings.cache_key_tag} {_formulas()}"):
+            return compile_fx(module, inputs, config_patches=patches)
+
+
+@functools.cache
+def _backend(memory_budget: float) -> Callable[..., Any]:
+    """The one object for a budget: code that has been compiled is found by its backend."""
+    return functools.partial(_rewritten, memory_budget=memory_budget)
 
 
 @functools.cache
@@ -117,8 +138,10 @@ def _formulas() -> str:
     return f"preftree {hashlib.sha256(code).hexdigest()}"
 
 
-def _compile(function: Callable[..., Any], name: str, or_stock: bool) -> Callable[..., Any]:
-    runs = torch._dynamo.config.patch(_DYNAMO)(torch.compile(function, dynamic=True, backend=_rewritten))
+def _compile(
+    function: Callable[..., Any], name: str, or_stock: bool = False, memory_budget: float = 1.0
+) -> Callable[..., Any]:
+    runs = torch._dynamo.config.patch(_DYNAMO)(torch.compile(function, dynamic=True, backend=_backend(memory_budget)))
     if not or_stock:
         return runs
 
@@ -140,13 +163,13 @@ def _compile(function: Callable[..., Any], name: str, or_stock: bool) -> Callabl
 
 
 @functools.cache
-def _compiled_class(cls: Any, or_stock: bool = False) -> Any:
+def _compiled_class(cls: Any, or_stock: bool = False, memory_budget: float = 1.0) -> Any:
     """A layer class whose instances run rows compiled, by the same name: sharding policies ask for it.
 
     A class and not the instance's own attribute, which deep copies would take along bound to the original's weights.
     """
     stock = stock_forward(cls)
-    compiled = _compile(stock, cls.__name__, or_stock)
+    compiled = _compile(stock, cls.__name__, or_stock, memory_budget)
 
     def forward(self, *args, **kwargs):
         by_row = any(isinstance(given, RowMask) for given in (*args, *kwargs.values()))
@@ -154,5 +177,5 @@ def _compiled_class(cls: Any, or_stock: bool = False) -> Any:
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     own = {"forward": forward, "forward_before_compilation": stock, "runs_rows_compiled": True}
-    own["keys_of_row"] = staticmethod(_compile(_keys_of(stock), cls.__name__, or_stock))
+    own["keys_of_row"] = staticmethod(_compile(_keys_of(stock), cls.__name__, or_stock, memory_budget))
     return type(cls.__name__, (cls,), names | own)

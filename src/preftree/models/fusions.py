@@ -5,7 +5,9 @@ Patterns are of operations, not of model families: whatever spells out an RMSNor
 
 from __future__ import annotations
 
+import inspect
 import operator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -59,7 +61,15 @@ def _before_cast(node: Any) -> Any:
 def _writes(node: Node) -> bool:
     """Whether a node changes what it reads."""
     named = (_name(node) or "").endswith("_") or node.target in _IN_PLACE
-    return named or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    return named or "out" in node.kwargs or _told_in_place(node)
+
+
+def _told_in_place(node: Node) -> bool:
+    """Whether a function of `torch.nn.functional` is given True for its argument ``inplace``, by name or by place."""
+    if node.op != "call_function" or not isinstance(node.target, FunctionType):
+        return False
+    names = list(inspect.signature(node.target).parameters)
+    return dict(zip(names, node.args, strict=False)).get("inplace", node.kwargs.get("inplace")) is True
 
 
 def _only_user(node: Any) -> Any:

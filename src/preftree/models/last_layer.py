@@ -52,10 +52,9 @@ class _AtTokens:
         return x_BSHD.transpose(1, 2)
 
 
-def add_last_layer_hook(backbone: torch.nn.Module, num_layers: int) -> RemovableHandle | None:
-    """Let the last of a backbone's layers run at `ActiveRow.wanted` tokens alone; None if it has no list of its layers."""
-    lists = [part for part in backbone.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == num_layers]
-    return lists[0][-1].register_forward_pre_hook(_at_wanted_tokens, with_kwargs=True) if lists else None
+def add_last_layer_hook(layers: torch.nn.ModuleList | None) -> RemovableHandle | None:
+    """Let the last of a model's layers run at `ActiveRow.wanted` tokens alone; None if it has no list of its layers."""
+    return None if layers is None else layers[-1].register_forward_pre_hook(_at_wanted_tokens, with_kwargs=True)
 
 
 def _at_wanted_tokens(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

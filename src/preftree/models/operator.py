@@ -12,6 +12,7 @@ from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from preftree.attention import Scores
 from preftree.attention.passes import Gradients
@@ -128,3 +129,10 @@ def _differentiate(ctx, grad_BHNE, _):
 
 
 row_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.preftree.row_attention)
+def _(q_shape, k_shape, v_shape, *_, **__):
+    """As if each token saw all before it: what recomputing it would take (see `activation_memory_budget`)."""
+    batch, heads, queries, size = q_shape
+    return batch * heads * queries * k_shape[2] * (size + v_shape[-1])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from preftree.attention import check_backend
 from preftree.models import interface
-from preftree.models.compiled import compile_layers, worth_compiling
+from preftree.models.compiled import check_memory_budget, compile_layers, worth_compiling
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal
 from preftree.models.verify import cut_last_layer, verify_on_tree
@@ -102,7 +102,11 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
 
 
 def prepare_model(
-    model: torch.nn.Module, backend: str = "auto", verify: bool = True, compile: bool | None = False
+    model: torch.nn.Module,
+    backend: str = "auto",
+    verify: bool = True,
+    compile: bool | None = False,
+    activation_memory_budget: float = 1.0,
 ) -> torch.nn.Module:
     """Let a transformers causal language model run packed rows of trees (see `preftree.sequence_logps`).
 
@@ -119,16 +123,19 @@ def prepare_model(
             sequences alone. Takes a few short forward passes.
         compile: run the decoder layers of rows under `torch.compile`, one compilation for all lengths. None: where that pays,
             on a GPU; layers that cannot be compiled then run as they are, with a warning.
+        activation_memory_budget: share of what a compiled layer would keep for its backward pass that it may keep, from 0 to
+            1; the rest is computed again there, what takes least operations first.
 
     Returns:
         The same model.
 
     Raises:
         NotImplementedError: if the family or a setting cannot be computed exactly, naming family, setting and reason.
-        ValueError: for an unknown backend, or weights that give no finite log-probabilities.
+        ValueError: for an unknown backend, a budget outside 0 to 1, or weights that give no finite log-probabilities.
     """
     base = base_model(model)
     check_backend(backend, base.device)
+    check_memory_budget(activation_memory_budget)
     if (prepared := getattr(base, ATTRIBUTE, None)) is not None:
         prepared.backend = backend
     else:
@@ -138,7 +145,7 @@ def prepare_model(
         setattr(base, ATTRIBUTE, prepared)
         base.forward = MethodType(_tree_aware(type(base).forward), base)
     if compile or (compile is None and worth_compiling(base)):
-        compile_layers(base, or_stock=compile is None)
+        compile_layers(base, compile is None, activation_memory_budget)
     return model
 
 

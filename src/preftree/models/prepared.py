@@ -49,6 +49,12 @@ class PreparedModel:
         return cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.dtype
 
     @property
+    def layers(self) -> torch.nn.ModuleList | None:
+        """The backbone's decoder layers, if it has a list of them."""
+        lists = (part for part in self.backbone.modules() if isinstance(part, torch.nn.ModuleList))
+        return next((part for part in lists if len(part) == self.attention_layers), None)
+
+    @property
     def vocabulary_size(self) -> int:
         """Token ids that the model can both read and score (a sequence classifier: read)."""
         if self.classifies:

@@ -9,6 +9,7 @@ columns in turns, ``[g0, u0, g1, u1, ...]``, which is how the kernels have them 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils.flop_counter import register_flop_formula
 
 from preftree.kernels import kernels_of
 from preftree.models import products_formulas
@@ -186,6 +188,17 @@ def _(x_ND, weight_ED, residual_NE):
 
 def _down(x_NF: torch.Tensor, down_DF: torch.Tensor, residual_ND: torch.Tensor | None) -> torch.Tensor:
     return x_NF @ down_DF.T if residual_ND is None else _onto(x_NF, down_DF, residual_ND)
+
+
+# What recomputing them would take (see `activation_memory_budget`).
+@register_flop_formula(torch.ops.preftree.gated_up)
+def _(x_shape, gate_shape, *_, **__):
+    return 4 * math.prod(gate_shape) * x_shape[0]
+
+
+@register_flop_formula(torch.ops.preftree.product_onto)
+def _(x_shape, weight_shape, *_, **__):
+    return 2 * math.prod(weight_shape) * x_shape[0]
 
 
 class _LinearOnto(torch.autograd.Function):

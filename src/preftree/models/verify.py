@@ -133,7 +133,7 @@ def cut_last_layer(prepared: PreparedModel, allowed: float) -> None:
     was_training = prepared.model.training
     prepared.model.eval()
     expected_NH = prepared.hidden_states(row)[row.read_nodes].double()
-    hook = add_last_layer_hook(prepared.backbone, prepared.attention_layers)
+    hook = add_last_layer_hook(prepared.layers)
     prepared.last_layer_at_tokens = True
     try:
         hidden_NH = prepared.hidden_states(row, row.read_nodes).double()

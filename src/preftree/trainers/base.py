@@ -169,6 +169,7 @@ class TreeTrainer(DataPreparation):
                 self.accelerator.unwrap_model(part, keep_torch_compile=False),
                 self.args.attention_backend,
                 compile=self.args.compiles_layers,
+                activation_memory_budget=self.args.activation_memory_budget,
             )
             if (prepared := prepared_part(part)) is not None:
                 prepared.contiguous = getattr(self.args, "activation_offloading", False)

@@ -14,6 +14,7 @@ import trl.experimental.orpo
 import trl.experimental.tpo
 
 from preftree.attention import BACKENDS
+from preftree.models.compiled import check_memory_budget
 from preftree.objectives import (
     CPO_LOSSES,
     DIVERGENCES,
@@ -68,6 +69,13 @@ class TreeArguments:
             "with `torch_compile`."
         },
     )
+    activation_memory_budget: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of what a compiled layer would keep for its backward pass that it may keep, from 0 to 1; the rest "
+            "is computed again, what takes least operations first. For less memory without all of gradient_checkpointing."
+        },
+    )
     share_prefixes: bool = field(
         default=True,
         metadata={"help": "False computes every sequence by itself in the same packed rows: for comparison."},
@@ -89,6 +97,12 @@ class TreeArguments:
         own: Any = self
         if self.row_length == "auto" and getattr(own, "deepspeed", None):
             raise ValueError("row_length='auto' tries rows outside DeepSpeed's own steps: give a number with DeepSpeed")
+        check_memory_budget(self.activation_memory_budget)
+        if self.activation_memory_budget < 1 and self.compiles_layers is False:
+            raise ValueError(
+                f"activation_memory_budget={self.activation_memory_budget} is about compiled layers: it cannot be combined "
+                "with compile_layers=False or activation_offloading"
+            )
         if self.compile_layers and getattr(own, "activation_offloading", False):
             raise ValueError(
                 "compile_layers cannot be combined with activation_offloading: it gives activations back in another layout "
@@ -114,11 +128,14 @@ class TreeArguments:
             return self.compile_layers
         if getattr(own, "activation_offloading", False):
             return False
-        return True if own.torch_compile else None
+        return True if own.torch_compile or self.activation_memory_budget < 1 else None
 
     def unused_options(self) -> Iterator[tuple[str, str]]:
         """``(option, why)`` of options that are set but have no effect."""
-        return iter(())
+        own: Any = self
+        settings = getattr(own, "gradient_checkpointing_kwargs", None) or {}
+        if self.activation_memory_budget < 1 and own.gradient_checkpointing and "every_n_layers" not in settings:
+            yield "activation_memory_budget", "gradient_checkpointing=True computes whole layers again"
 
     def warn_of_unused_options(self) -> None:
         """Warn of each option that is set but has no effect."""
@@ -174,6 +191,25 @@ class ReferenceArguments(TreeArguments):
             "tokens, precision). Default: beside the cache of Hugging Face's datasets."
         },
     )
+    offload_reference: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the reference model's layers in the host's memory: each comes to the GPU while the one before it "
+            "runs. For where the memory of `ref_model` is wanted and `precompute_ref_log_probs` is not."
+        },
+    )
+
+    def check(self) -> None:
+        super().check()
+        args: Any = self
+        if self.offload_reference:
+            for name, why in (
+                ("sync_ref_model", "the reference's weights are moved towards the policy's on the GPU"),
+                ("fsdp", "it has an offloading of its own"),
+                ("deepspeed", "it has an offloading of its own"),
+            ):
+                if getattr(args, name, None):
+                    raise ValueError(f"offload_reference cannot be combined with {name}: {why}. Leave one of them out")
 
     def unused_options(self) -> Iterator[tuple[str, str]]:
         yield from super().unused_options()
@@ -181,6 +217,8 @@ class ReferenceArguments(TreeArguments):
         for name in ("ref_logps_cache_dir", "precompute_ref_batch_size"):
             if self._is_set(name) and not args.precompute_ref_log_probs:
                 yield name, "precompute_ref_log_probs is off"
+        if self.offload_reference and args.precompute_ref_log_probs:
+            yield "offload_reference", "with precompute_ref_log_probs no reference runs in training"
         for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
             if self._is_set(name) and not args.sync_ref_model:
                 yield name, "sync_ref_model is off"

@@ -15,6 +15,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, hash_module, use_adapter
 
 from preftree.logprobs import sequence_logps
+from preftree.models import prepared_part
+from preftree.models.offload import offload_layers
 from preftree.packing import PackedRow
 from preftree.trainers import reference
 from preftree.trainers.base import TreeTrainer
@@ -31,6 +33,12 @@ class ReferencedTrainer(TreeTrainer):
     def _check_arguments(self, given: dict[str, Any]) -> None:
         super()._check_arguments(given)
         model, args = given["model"], given["args"]
+        adapted = given.get("peft_config") is not None or hasattr(model, "peft_config")
+        if args.offload_reference and adapted and given.get("ref_model") is None:
+            raise ValueError(
+                "offload_reference=True: the reference is the policy itself with its adapter off, there is no second model. "
+                "Leave offload_reference out"
+            )
         own = (
             given.get("ref_model") is not None or given.get("peft_config") is not None or args.precompute_ref_log_probs
         )
@@ -39,6 +47,14 @@ class ReferencedTrainer(TreeTrainer):
                 f"{type(self).__name__} compares with a reference, and there is none: the model was not loaded from a name "
                 "or folder from which to load it again. Pass ref_model, or set precompute_ref_log_probs=True"
             )
+
+    def _prepare_for_trees(self) -> None:
+        model: Any = getattr(self, "ref_model", None)
+        stays = model is None or self.precompute_ref_logps or not self.args.offload_reference
+        new = not stays and prepared_part(model) is None
+        super()._prepare_for_trees()
+        if new and (prepared := prepared_part(model)) is not None:
+            offload_layers(prepared, self.args.device)
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[torch.nn.Module]:
