@@ -8,6 +8,8 @@ import torch
 from families import VOCABULARY, build, exact_model
 from oracle import random_sequences
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import preftree
 from preftree.attention import Rule, Scores, TreeAttention
@@ -148,6 +150,20 @@ def test_less_is_kept_on_a_budget(fused, monkeypatch):
     assert less > 1.2 * least
     assert once == still_once == 4
     assert again > 4
+
+
+def test_operators_say_what_they_cost():
+    """In operations, which is what the partitioner weighs against memory."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        x, gate, up, down = (torch.empty(*shape) for shape in ((7, 4), (6, 4), (6, 4), (4, 6)))
+        hidden, _ = torch.ops.preftree.gated_up(x, gate, up, "swiglu", True)
+        assert counter.get_total_flops() == 2 * 2 * 7 * 4 * 6
+        torch.ops.preftree.product_onto(hidden, down, x)
+        assert counter.get_total_flops() == 3 * 2 * 7 * 4 * 6
+        q, k, v = (torch.empty(1, heads, 9, size) for heads, size in ((4, 8), (2, 8), (2, 6)))
+        torch.ops.preftree.row_attention(q, k, v, None, None, torch.empty(()), 1.0, None, "0")
+        # Scores of half of all pairs, and sums of their values.
+        assert counter.get_total_flops() == 3 * 2 * 7 * 4 * 6 + 4 * 9 * 9 * (8 + 6)
 
 
 def test_budgets_are_checked():

@@ -71,7 +71,8 @@ def test_norms_are_found_in_each_spelling(name, norms, monkeypatch):
     found = []
 
     def look(module, inputs):
-        found.append(len(module.graph.find_nodes(op="call_function", target=torch.ops.preftree.rms_norm.default)))
+        operators = (torch.ops.preftree.rms_norm.default, torch.ops.preftree.rms_norm_rotated.default)
+        found.append(sum(node.target in operators for node in module.graph.nodes))
         assert not module.graph.find_nodes(op="call_function", target=torch.rsqrt)
         return module
 
@@ -155,6 +156,147 @@ def test_what_is_no_rms_norm_stays(function):
         assert torch.equal(torch.compile(function, backend=look)(x, scale), function(x, scale))
         torch.compile(norm, backend=look)(x, scale)
     assert counts == [0, 1]
+
+
+def rotated(x, cos, sin, halves=lambda x: x.chunk(2, -1)):
+    one, two = halves(x)
+    return x * cos + torch.cat((-two, one), -1) * sin
+
+
+@pytest.mark.parametrize(("of_x", "of_scale", "inner"), [(SINGLE, SINGLE, SINGLE), (HALF, HALF, HALF)])
+@pytest.mark.parametrize("trained", [[0, 1], [0], [1]])
+def test_gradients_of_rotated_heads_are_autograd_s(of_x, of_scale, inner, trained):
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    # Heads of a wider projection.
+    x = random(2, 5, 7, 12)[:, :, 2:5].to(of_x)
+    scale, angles = random(12).to(of_scale), random(2, 1, 5, 12)
+    cos, sin = angles.cos().to(of_x), angles.sin().to(of_x)
+    given = [each.requires_grad_(place in trained) for place, each in enumerate((x, scale))]
+    wanted = [given[place] for place in trained]
+    factors = random(2, 3, 5, 12)
+
+    def results(function):
+        out = function(*given)
+        return [out, *torch.autograd.grad((out.float() * factors).sum(), wanted)]
+
+    expected = results(lambda x, scale: rotated(stock(x, scale, 1e-6, inner, of_x).transpose(1, 2), cos, sin))
+    got = results(lambda x, scale: torch.ops.preftree.rms_norm_rotated(x, scale, 1e-6, inner, of_x, cos, sin))
+    assert torch.equal(got[0], expected[0])
+    for one, other in zip(got[1:], expected[1:], strict=True):
+        assert one.dtype == other.dtype
+        error = float((one - other).float().abs().max() / other.float().abs().max())
+        assert error < {SINGLE: 1e-6, HALF: 0.02}[one.dtype]
+
+
+def by_slices(x):
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def heads(x, scale):
+    return norm(x, scale).transpose(1, 2)
+
+
+def turned(parts, dim=-1):
+    """Heads and their turned halves, spelled out."""
+
+    def function(x, scale, cos, sin):
+        normed = heads(x, scale)
+        return normed * cos + torch.cat(parts(normed), dim) * sin
+
+    return function
+
+
+def difference(x, scale, cos, sin):
+    normed = heads(x, scale)
+    return normed * cos - torch.cat((-normed[..., 4:], normed[..., :4]), -1) * sin
+
+
+def sines_first(x, scale, cos, sin):
+    normed = heads(x, scale)
+    return torch.cat((-normed[..., 4:], normed[..., :4]), -1) * sin + cos * normed
+
+
+def heads_read_twice(x, scale, cos, sin):
+    normed = heads(x, scale)
+    return rotated(normed, cos, sin, by_slices) + normed
+
+
+def norm_read_twice(x, scale, cos, sin):
+    normed = norm(x, scale)
+    return rotated(normed.transpose(1, 2), cos, sin, by_slices).sum() + normed
+
+
+def narrow(x, scale, cos, sin):
+    return x[:, :, :1, :2], scale[:2], cos[..., :2], sin[..., :2]
+
+
+def angles(change):
+    return lambda x, scale, cos, sin: rotated(heads(x, scale), change(cos), change(sin), by_slices)
+
+
+ROTATIONS = {
+    "rotated": (angles(lambda angle: angle), 1),
+    "sines first": (sines_first, 1),
+    "the other way": (turned(lambda h: (h[..., 4:], -h[..., :4])), 0),
+    "halves swapped": (turned(lambda h: (-h[..., :4], h[..., 4:])), 0),
+    "unequal parts": (turned(lambda h: (-h[..., 6:], h[..., :6])), 0),
+    "tokens for halves": (turned(lambda h: (-h[:, :, 2:], h[:, :, :2]), -2), 0),
+    # Of a single head of size 2 alone: halves side by side as two heads, which each broadcast.
+    "other dimension": (lambda x, w, c, s: turned(lambda h: (-h[..., 1:], h[..., :1]), 1)(*narrow(x, w, c, s)), 0),
+    "not normed": (lambda x, w, c, s: rotated(x.transpose(1, 2), c, s, by_slices), 0),
+    "not transposed": (lambda x, w, c, s: rotated(norm(x, w), c.transpose(1, 2), s.transpose(1, 2), by_slices), 0),
+    "heads read twice": (heads_read_twice, 0),
+    "norm read twice": (norm_read_twice, 0),
+    "angles by head": (angles(lambda angle: angle.expand(-1, 2, -1, -1)), 0),
+    "one angle for all tokens": (angles(lambda angle: angle[:, :, :1]), 0),
+    "angles of another type": (angles(lambda angle: angle.double()), 0),
+    "difference": (difference, 0),
+}
+
+
+@pytest.mark.parametrize("trained_angles", [False, True])
+@pytest.mark.parametrize(("function", "expected"), ROTATIONS.values(), ids=ROTATIONS)
+@pytest.mark.usefixtures("nothing_compiled")
+def test_rotations_are_told_from_others(function, expected, trained_angles):
+    generator = torch.Generator().manual_seed(0)
+    x, angle = (torch.randn(shape, generator=generator) for shape in ((1, 5, 2, 8), (1, 1, 5, 8)))
+    given = [x, torch.rand(8, generator=generator), angle.cos(), angle.sin()]
+    given = [each.requires_grad_(place < 2 or trained_angles) for place, each in enumerate(given)]
+    counts, gradients = [], []
+
+    def look(module, inputs):
+        fuse(module)
+        found = module.graph.find_nodes(op="call_function", target=torch.ops.preftree.rms_norm_rotated.default)
+        counts.append(len(found))
+        return module
+
+    with torch._dynamo.config.patch(specialize_float=True):
+        for run in (torch.compile(function, backend=look), function):
+            out = run(*given)
+            wanted = [each for each in given if each.requires_grad]
+            total = (out * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum()
+            gradients.append([out, *torch.autograd.grad(total, wanted, allow_unused=True)])
+    for one, other in zip(*gradients, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other)
+    assert counts == [0 if trained_angles else expected]
+
+
+@pytest.mark.parametrize(("name", "found"), [("qwen3", 2), ("llama", 0), ("gemma3", 0), ("olmo2", 0)])
+@pytest.mark.usefixtures("nothing_compiled")
+def test_rotated_heads_are_found(name, found, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(compiled, "_BACKEND", lambda module, inputs: graphs.append(module.graph) or module)
+    model = preftree.prepare_model(exact_model(name), compile=True)
+    row = preftree.pack([preftree.TokenTree.from_sequences([[1, 2, 3, 4], [1, 2, 5, 6, 7]], [2, 2])])[0]
+    preftree.sequence_logps(model, row).logps.sum().backward()
+    target = torch.ops.preftree.rms_norm_rotated.default
+    assert len(graphs[0].find_nodes(op="call_function", target=target)) == found
 
 
 # Gated MLPs with and without the sum behind them, and other products onto the residual stream; of a whole layer.
@@ -290,3 +432,22 @@ def test_products_that_no_kernel_serves_stay():
     x, gate, up, down = (torch.randn(shape) for shape in ((5, 8), (16, 8), (16, 8), (8, 16)))
     torch.compile(lambda *given: x + mlp(*given), backend=look)(x, gate, up, down)
     assert counts == [(0, 0, 0)]
+
+
+def by_keywords(x, gate, up, down):
+    g = nn.functional.silu(input=linear(input=x, weight=gate))
+    h = torch.add(input=x, other=linear(g * linear(x, up), down))
+    halves = torch.cat(tensors=(h, h), dim=-1)
+    return torch.cat(halves.split(8, -1), -1) * torch.rsqrt(input=halves.abs() + 1)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_what_is_given_by_keyword_is_left_alone(monkeypatch):
+    monkeypatch.setattr(products, "serves", lambda *operands: True)
+    given = [torch.randn(shape) for shape in ((5, 8), (12, 8), (12, 8), (8, 12))]
+
+    def look(module, inputs):
+        fuse(module)
+        return module
+
+    torch.testing.assert_close(torch.compile(by_keywords, backend=look, fullgraph=True)(*given), by_keywords(*given))

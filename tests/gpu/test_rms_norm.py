@@ -44,3 +44,25 @@ def test_gradients(of_x, of_scale, inner, shape, readers, beside, strided):
     alone, nothing = kernels.gradients(*given, False)
     assert torch.equal(alone, got[0])
     assert nothing is None
+
+
+@pytest.mark.parametrize("layout", ["whole", "heads of a wider projection"])
+@pytest.mark.parametrize("shape", [(1, 7, 2, 48), (1, 1301, 16, 128), (2, 33, 3, 64), (1, 5, 4, 6)])
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+def test_gradients_of_rotated_heads(dtype, shape, layout):
+    kernels = kernels_of("preftree.models.rms_norm_triton")
+    generator = torch.Generator("cuda").manual_seed(0)
+    batch, tokens, heads, size = shape
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+    x = random(*shape) if layout == "whole" else random(batch, tokens, heads + 3, size)[:, :, 1 : heads + 1]
+    angles = torch.randn(batch, 1, tokens, size, device="cuda", generator=generator)
+    rotation = angles.cos().to(dtype), angles.sin().to(dtype)
+    for grad in (random(*shape), random(batch, heads, tokens, size).transpose(1, 2)):
+        given = ([grad], None, x, random(size), 1e-6, dtype, True, rotation)
+        for one, other in zip(kernels.gradients(*given), rms_norm.gradients(*given), strict=True):
+            error = float((one - other).float().norm() / other.float().norm())
+            assert one.dtype == other.dtype
+            assert error < (1e-5 if dtype == SINGLE else 0.01)

@@ -28,15 +28,16 @@ def fuse(module: GraphModule) -> None:
     graph = module.graph
     if any(map(_writes, graph.nodes)):
         return
-    for node in list(graph.nodes):
-        if _name(node) in ("silu", "gelu"):
-            _fuse_gated_mlp(graph, node)
-    for node in list(graph.nodes):
-        if _name(node) == "linear":
-            _fuse_residual(graph, node)
-    # Last: the others leave their results fewer readers.
-    for node in list(graph.find_nodes(op="call_function", target=torch.rsqrt)):
-        _fuse_rms_norm(graph, node)
+    # Norms behind the products, which leave their results fewer readers; what rotates norms behind these.
+    for names, rewrite in (
+        (("silu", "gelu"), _fuse_gated_mlp),
+        (("linear",), _fuse_residual),
+        (("rsqrt",), _fuse_rms_norm),
+        (("cat",), _fuse_rotation),
+    ):
+        for node in list(graph.nodes):
+            if _name(node) in names and node.args:
+                rewrite(graph, node)
     graph.lint()
     module.recompile()
 
@@ -157,7 +158,7 @@ def _gated_unit(node: Any) -> str | None:
     """The name of the gated unit with an activation."""
     if _name(node) == "silu" and node.kwargs in ({}, {"inplace": False}) and len(node.args) == 1:
         return "swiglu"
-    if _name(node) == "gelu" and node.kwargs == {"approximate": "tanh"}:
+    if _name(node) == "gelu" and node.kwargs == {"approximate": "tanh"} and len(node.args) == 1:
         return "geglu"
     return None
 
@@ -213,3 +214,57 @@ def _fuse_residual(graph: Graph, node: Any) -> None:
     values: list[Any] = [_tensor(each) for each in (*operands, node)]
     if all(value is not None and value.dtype == values[0].dtype for value in values) and products.serves(*values[:2]):
         _replace(graph, total, torch.ops.preftree.linear_onto.default, (*operands, residual), node)
+
+
+def _half(node: Any, x: Any, half: slice) -> bool:
+    return _name(node) == "getitem" and node.args == (x, (Ellipsis, half))
+
+
+def _rotation(turned: Any) -> tuple[Any, Any, Any, list[Any]] | None:
+    """Heads, cosines, sines, and nodes from the sum on, of ``x cos + cat(-x's second half, x's first) sin``, if it is that."""
+    parts, *dim = turned.args
+    if not isinstance(parts, tuple | list) or len(parts) != 2 or turned.kwargs.get("dim", *dim) != -1:
+        return None
+    by_sin: Any = _only_user(turned)
+    added: Any = None if by_sin is None else _only_user(by_sin)
+    if added is None or _name(added) != "add" or added.kwargs or len(added.args) != 2 or _name(parts[0]) != "neg":
+        return None
+    second, first = parts[0].args[0], parts[1]
+    x: Any = second.args[0] if _name(second) == "getitem" else None
+    if (value := _tensor(x)) is None or not isinstance(size := value.shape[-1], int) or size % 2:
+        return None
+    if not _half(first, x, slice(None, size // 2, None)) or not _half(second, x, slice(size // 2, None, None)):
+        return None
+    by_cos: Any = added.args[0] if added.args[1] is by_sin else added.args[1]
+    if by_sin.target is not operator.mul or getattr(by_cos, "target", None) is not operator.mul:
+        return None
+    sin = by_sin.args[1] if by_sin.args[0] is turned else by_sin.args[0]
+    cos = by_cos.args[1] if by_cos.args[0] is x else by_cos.args[0]
+    inner = [by_cos, by_sin, turned, parts[0], first, second]
+    if set(x.users) != {by_cos, first, second} or any(len(node.users) != 1 for node in inner):
+        return None
+    return x, cos, sin, [added, *inner]
+
+
+def _fuse_rotation(graph: Graph, turned: Any) -> None:
+    """Let an RMSNorm of heads be rotated by position as it is computed, where halves of heads are put together for it."""
+    if (found := _rotation(turned)) is None:
+        return
+    x, cos, sin, (added, *inner) = found
+    value, *angles = (_tensor(node) for node in (x, cos, sin))
+    # x is the transpose of the only result of a norm that nothing else reads.
+    if value is None or value.ndim != 4 or _name(x) != "transpose" or x.args[1:] != (1, 2):
+        return
+    expected = (value.shape[0], 1, *value.shape[2:])
+    for angle in angles:
+        if angle is None or angle.dtype != value.dtype or tuple(angle.shape) != expected or angle.requires_grad:
+            return
+    normed = x.args[0]
+    results: Any = normed.args[0] if _name(normed) == "getitem" else None
+    both: Any = results.args[0] if _name(results) == "getitem" else None
+    if both is None or both.target is not torch.ops.preftree.rms_norm.default:
+        return
+    if any(len(node.users) != 1 for node in (normed, results, both)):
+        return
+    arguments = (*both.args[:5], cos, sin)
+    _replace(graph, added, torch.ops.preftree.rms_norm_rotated.default, arguments, *inner, x, normed, results, both)

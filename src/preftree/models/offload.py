@@ -2,7 +2,7 @@
 
 Two layers' worth of memory on the device take turns. While one layer runs, the next one's weights are copied from page-locked
 memory on a stream of their own. A layer's parameters are the host's again as soon as it has run, so that whoever reads or
-changes them between passes meets the weights themselves.
+changes them between passes meets the weights themselves (who changes them waits for the device first: it may still copy).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Offloaded:
             self.hosts.append(host)
         self.buffers = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
         self.read: list[Any] = [None, None]  # by buffer: when the layer that had it was done
-        self.copied: dict[int, Any] = {}  # by layer: when its weights are there
+        self.ahead: tuple[int, Any] | None = None  # the layer whose weights are on their way, and when they are there
         for index, layer in enumerate(layers):
             # Before whatever else looks at the layer's arguments, the last one's cut among it.
             layer.register_forward_pre_hook(lambda *_, index=index: self._bring(index), prepend=True)
@@ -69,17 +69,12 @@ class _Offloaded:
             raise RuntimeError(
                 "layers that are offloaded to the host's memory run without gradients only: torch.no_grad()"
             )
-        if index == 0:
-            self.copied.clear()  # of a pass that was cut short: weights may have changed since
-        if index not in self.copied:
-            self._copy(index)
-        if (copied := self.copied.pop(index)) is not None:
+        copied = self.ahead[1] if self.ahead is not None and self.ahead[0] == index else self._copy(index)
+        if copied is not None:
             torch.cuda.current_stream(self.device).wait_event(copied)
-        buffer = self.buffers[index % 2]
-        for parameter, own in zip(self.parameters[index], self._views_of(buffer, index), strict=True):
+        for parameter, own in zip(self.parameters[index], self._views_of(self.buffers[index % 2], index), strict=True):
             parameter.data = own
-        if index + 1 < len(self.hosts):
-            self._copy(index + 1)
+        self.ahead = (index + 1, self._copy(index + 1)) if index + 1 < len(self.hosts) else None
 
     def _take_back(self, index: int) -> None:
         for parameter, own in zip(self.parameters[index], self._views_of(self.hosts[index], index), strict=True):
@@ -87,17 +82,17 @@ class _Offloaded:
         if self.on_gpu:
             self.read[index % 2] = torch.cuda.current_stream(self.device).record_event()
 
-    def _copy(self, index: int) -> None:
+    def _copy(self, index: int) -> Any:
+        """Start to copy a layer's weights to its buffer; when they are there, on a GPU."""
         host, buffer, read = self.hosts[index], self.buffers[index % 2], self.read[index % 2]
         if self.stream is None:
             buffer[: len(host)].copy_(host)
-            self.copied[index] = None
-            return
+            return None
         with torch.cuda.stream(self.stream):
             if read is not None:
                 self.stream.wait_event(read)
             buffer[: len(host)].copy_(host, non_blocking=True)
-            self.copied[index] = self.stream.record_event()
+            return self.stream.record_event()
 
     def _views_of(self, memory: torch.Tensor, index: int) -> list[torch.Tensor]:
         return _views(memory, self.parameters[index], self.places[index])

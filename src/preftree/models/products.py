@@ -45,7 +45,7 @@ def _work(device: torch.device, dtype: torch.dtype) -> bool:
     kernels = kernels_of(_KERNELS)
     if kernels is None or kernels.refusal(torch.cuda.get_device_capability(device)) is not None:
         return False
-    with unset_fake_temporarily(), torch.no_grad():
+    with unset_fake_temporarily(), torch.no_grad(), torch.cuda.device_of(torch.empty(0, device=device)):
         generator = torch.Generator(device).manual_seed(0)
         shapes = (40, 64), (192, 64), (64, 96), (40, 64)
         x, weights, down, grad = (torch.randn(s, device=device, generator=generator).div(8).to(dtype) for s in shapes)

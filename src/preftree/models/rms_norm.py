@@ -8,6 +8,7 @@ residual branch) is added in between. Here all of it is one pass over memory (`r
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -16,6 +17,10 @@ from preftree.kernels import kernels_of
 _library = torch.library.Library("preftree", "FRAGMENT")
 _library.define(
     "rms_norm(Tensor x, Tensor scale, float eps, ScalarType inner, ScalarType outer, int readers) -> (Tensor, Tensor[])",
+)
+_library.define(
+    "rms_norm_rotated(Tensor x, Tensor scale, float eps, ScalarType inner, ScalarType outer, Tensor cos, Tensor sin)"
+    " -> Tensor",
 )
 
 # Gradients that the kernel adds up itself.
@@ -30,8 +35,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale_D)
         ctx.eps, ctx.inner = eps, inner
-        normed, _ = _normalised(x, eps)
-        result = (scale_D * normed.to(inner)).to(outer)
+        result = _scaled(x, scale_D, eps, inner, outer)
         return x.view_as(x), result, *(result.view_as(result) for _ in range(readers - 1))
 
     @staticmethod
@@ -41,9 +45,43 @@ class _RmsNorm(torch.autograd.Function):
         nothing = (None, None, None, None)
         if not given:
             return beside, None, *nothing
-        kernels = kernels_of("preftree.models.rms_norm_triton") if x.is_cuda else None
-        run = gradients if kernels is None else kernels.gradients
-        return *run(given, beside, x, scale_D, ctx.eps, ctx.inner, ctx.needs_input_grad[1]), *nothing
+        return *_by(x)(given, beside, x, scale_D, ctx.eps, ctx.inner, ctx.needs_input_grad[1]), *nothing
+
+
+class _RmsNormRotated(torch.autograd.Function):
+    """See `rms_norm_rotated`."""
+
+    @staticmethod
+    def forward(ctx, x_BSHD, scale_D, eps, inner, outer, cos, sin):
+        ctx.save_for_backward(x_BSHD, scale_D, cos, sin)
+        ctx.eps, ctx.inner = eps, inner
+        return _rotate(_scaled(x_BSHD, scale_D, eps, inner, outer).transpose(1, 2), cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad_BHSD):
+        x_BSHD, scale_D, cos, sin = ctx.saved_tensors
+        wants_scale = ctx.needs_input_grad[1]
+        given = ([grad_BHSD.transpose(1, 2)], None, x_BSHD, scale_D, ctx.eps, ctx.inner, wants_scale, (cos, sin))
+        return *_by(x_BSHD)(*given), None, None, None, None, None
+
+
+def _by(x: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    kernels = kernels_of("preftree.models.rms_norm_triton") if x.is_cuda else None
+    return gradients if kernels is None else kernels.gradients
+
+
+def _scaled(x: torch.Tensor, scale_D: torch.Tensor, eps: float, inner: torch.dtype, outer: torch.dtype) -> torch.Tensor:
+    return (scale_D * _normalised(x, eps)[0].to(inner)).to(outer)
+
+
+def _rotate(x_BHSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    one, two = x_BHSD.chunk(2, -1)
+    return x_BHSD * cos + torch.cat((-two, one), -1) * sin
+
+
+def _rotate_back(grad_BHSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    one, two = (grad_BHSD * sin).chunk(2, -1)
+    return grad_BHSD * cos + torch.cat((two, -one), -1)
 
 
 def _normalised(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,6 +99,7 @@ def gradients(
     eps: float,
     inner: torch.dtype,
     wants_scale: bool,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of input and scale; what the kernel is to compute, step by step as autograd rounds it.
 
@@ -69,7 +108,11 @@ def gradients(
         beside: gradient that reaches the input past the norm, or None.
         x: ``[..., D]``.
         inner: type that the normalised input is rounded to before it is scaled.
+        rotation: cosines and sines, ``[B, 1, S, D]``, of what the output was rotated by; the gradients (one of them) and x
+            are ``[B, S, H, D]`` then.
     """
+    if rotation is not None:
+        grads = [_rotate_back(grad.transpose(1, 2), *rotation).transpose(1, 2) for grad in grads]
     normed, r = _normalised(x, eps)
     grad = functools.reduce(torch.add, grads).to(torch.promote_types(scale_D.dtype, inner))
     dnormed = (grad * scale_D).to(inner).float()
@@ -93,3 +136,24 @@ def rms_norm(
     """
     beside, *results = _RmsNorm.apply(x, scale_D, eps, inner, outer, readers)
     return beside, results
+
+
+@torch.library.impl(_library, "rms_norm_rotated", "CompositeImplicitAutograd")
+def rms_norm_rotated(
+    x_BSHD: torch.Tensor,
+    scale_D: torch.Tensor,
+    eps: float,
+    inner: torch.dtype,
+    outer: torch.dtype,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    """The RMSNorm of each head, rotated by its token's position (Su et al., arXiv 2104.09864, equation 34): ``[B, H, S, D]``.
+
+    A head's first half is paired with its second, as transformers does it.
+
+    Args:
+        x_BSHD, scale_D, eps, inner, outer: see `rms_norm`.
+        cos, sin: ``[B, 1, S, D]``, in the type of the result.
+    """
+    return _RmsNormRotated.apply(x_BSHD, scale_D, eps, inner, outer, cos, sin)

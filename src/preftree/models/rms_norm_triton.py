@@ -12,6 +12,8 @@ from preftree.models.rms_norm import MOST_READERS
 
 # Programs on each of a device's processors, their warps, and how many elements they look at together.
 _PER_PROCESSOR, _WARPS, _ELEMENTS = 4, 8, 2048
+# Of the programs' parts of the scale's gradient, columns that one program adds up, and how many parts at a time.
+_SUMMED, _LINES = 16, 64
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -20,9 +22,9 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def _gradients_kernel(
     grad, second, third, beside, x, scale, dx, partial, rows, inner_rows,
     grad_outer, grad_inner, second_outer, second_inner, third_outer, third_inner,
-    beside_outer, beside_inner, x_outer, x_inner,
+    beside_outer, beside_inner, x_outer, x_inner, cos, sin, heads,
     eps: tl.constexpr, width: tl.constexpr, INNER: tl.constexpr, PRODUCT: tl.constexpr,
-    GRADS: tl.constexpr, BESIDE: tl.constexpr, SCALE: tl.constexpr,
+    GRADS: tl.constexpr, BESIDE: tl.constexpr, SCALE: tl.constexpr, ROTATED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows of the program's number and every so many on; its part of the scale's gradient goes to a line of ``partial``."""
@@ -41,6 +43,16 @@ def _gradients_kernel(
             dy += tl.load(second + outer * second_outer + inner * second_inner + column, mask=read, other=0.0)
         if GRADS > 2:
             dy += tl.load(third + outer * third_outer + inner * third_inner + column, mask=read, other=0.0)
+        if ROTATED:
+            # Rounded where autograd rounds it.
+            partner = tl.where(column < width // 2, column + width // 2, column - width // 2)
+            token = (row // heads).to(tl.int64)
+            c = tl.load(cos + token * width + column, mask=read, other=0.0).to(tl.float32)
+            s = tl.load(sin + token * width + partner, mask=read, other=0.0).to(tl.float32)
+            other_half = tl.load(grad + outer * grad_outer + inner * grad_inner + partner, mask=read, other=0.0)
+            turned = (other_half.to(tl.float32) * s).to(dy.dtype).to(tl.float32)
+            straight = (dy.to(tl.float32) * c).to(dy.dtype).to(tl.float32)
+            dy = (straight + tl.where(column < width // 2, turned, -turned)).to(dy.dtype)
         dy = dy.to(tl.float32)
         r = tl.rsqrt(tl.sum(x32 * x32, 1)[:, None] / width + eps)
         normed = x32 * r
@@ -55,6 +67,18 @@ def _gradients_kernel(
             total += dy * normed.to(INNER).to(tl.float32)
     if SCALE:
         tl.store(partial + program * width + column, tl.sum(total, 0)[None, :], mask=inside)
+
+
+@triton.jit
+def _sum_kernel(partial, total, lines, width, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of all lines, for the program's columns."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    found = tl.zeros([LINES, BLOCK], tl.float32)
+    for start in range(0, lines, LINES):
+        line = start + tl.arange(0, LINES)[:, None]
+        found += tl.load(partial + line * width + column, mask=(line < lines) & (column < width), other=0.0)
+    result = tl.sum(found, 0)[None, :].to(total.dtype.element_ty)
+    tl.store(total + column, result, mask=column < width)
 
 
 @functools.cache
@@ -78,8 +102,10 @@ def _gradients(
     eps: float,
     inner: torch.dtype,
     wants_scale: bool,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `rms_norm.gradients`; the scale's in a part of each program, ``[programs, D]``, float32."""
+    """As `rms_norm.gradients`; the scale's is empty if it is not wanted."""
     # What is not there is not read.
     read = [*[*grads, *grads[:1] * MOST_READERS][:MOST_READERS], x if beside is None else beside, x]
     rows = [_rows(each) for each in read]
@@ -89,15 +115,21 @@ def _gradients(
     programs = _programs(x.device)
     dx = x.new_empty(x.shape)
     partial = x.new_empty((programs if wants_scale else 0, width), dtype=torch.float32)
+    dscale_D = scale_D.new_empty(width if wants_scale else 0)
     block = triton.next_power_of_2(width)
     torch.library.wrap_triton(_gradients_kernel)[(programs,)](
         *rows, scale_D.contiguous(), dx, partial, outer * middle, middle,
         *(step for each in rows for step in each.stride()[:2]),
+        *(x if each is None else each.contiguous() for each in (cos, sin)), x.shape[-2] if x.ndim > 1 else 1,
         eps=eps, width=width, INNER=_TYPES[inner], PRODUCT=_TYPES[torch.promote_types(scale_D.dtype, inner)],
-        GRADS=len(grads), BESIDE=beside is not None, SCALE=wants_scale,
+        GRADS=len(grads), BESIDE=beside is not None, SCALE=wants_scale, ROTATED=cos is not None,
         TILE=max(1, _ELEMENTS // block), BLOCK=block, num_warps=_WARPS,
     )  # fmt: skip
-    return dx, partial
+    if wants_scale:
+        torch.library.wrap_triton(_sum_kernel)[(triton.cdiv(width, _SUMMED),)](
+            partial, dscale_D, programs, width, LINES=_LINES, BLOCK=_SUMMED
+        )
+    return dx, dscale_D
 
 
 def gradients(
@@ -108,7 +140,8 @@ def gradients(
     eps: float,
     inner: torch.dtype,
     wants_scale: bool,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `rms_norm.gradients`."""
-    dx, partial = _gradients(grads, beside, x, scale_D, eps, inner, wants_scale)
-    return dx, partial.sum(0).to(scale_D.dtype) if wants_scale else None
+    dx, dscale_D = _gradients(grads, beside, x, scale_D, eps, inner, wants_scale, *(rotation or (None, None)))
+    return dx, dscale_D if wants_scale else None

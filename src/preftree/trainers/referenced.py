@@ -17,6 +17,7 @@ from trl.trainer.utils import get_config_model_id, hash_module, use_adapter
 from preftree.logprobs import sequence_logps
 from preftree.models import prepared_part
 from preftree.models.offload import offload_layers
+from preftree.models.prepared import below_peft
 from preftree.packing import PackedRow
 from preftree.trainers import reference
 from preftree.trainers.base import TreeTrainer
@@ -33,7 +34,7 @@ class ReferencedTrainer(TreeTrainer):
     def _check_arguments(self, given: dict[str, Any]) -> None:
         super()._check_arguments(given)
         model, args = given["model"], given["args"]
-        adapted = given.get("peft_config") is not None or hasattr(model, "peft_config")
+        adapted = given.get("peft_config") is not None or below_peft(model) is not None
         if args.offload_reference and adapted and given.get("ref_model") is None:
             raise ValueError(
                 "offload_reference=True: the reference is the policy itself with its adapter off, there is no second model. "
