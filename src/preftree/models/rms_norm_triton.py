@@ -120,7 +120,7 @@ def _gradients(
     torch.library.wrap_triton(_gradients_kernel)[(programs,)](
         *rows, scale_D.contiguous(), dx, partial, outer * middle, middle,
         *(step for each in rows for step in each.stride()[:2]),
-        *(x if each is None else each.contiguous() for each in (cos, sin)), x.shape[-2] if x.ndim > 1 else 1,
+        *(x if each is None else each.contiguous() for each in (cos, sin)), 1 if cos is None else x.shape[-2],
         eps=eps, width=width, INNER=_TYPES[inner], PRODUCT=_TYPES[torch.promote_types(scale_D.dtype, inner)],
         GRADS=len(grads), BESIDE=beside is not None, SCALE=wants_scale, ROTATED=cos is not None,
         TILE=max(1, _ELEMENTS // block), BLOCK=block, num_warps=_WARPS,
