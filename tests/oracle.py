@@ -94,6 +94,21 @@ def random_row(seed: int, trees: int = 4, spare: int = 6, stretch: int = 1) -> p
     return preftree.pack(built, sum(len(tree) for tree in built) + spare)[0]
 
 
+def row_of_lengths(seed: int, vocabulary: int, trees: int, prompt: int, *responses: int) -> preftree.PackedRow:
+    """A row of trees of random tokens, each with a prompt and responses of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    groups = []
+    for _ in range(trees):
+        shared = draw(prompt)
+        sequences = [shared + draw(length) for length in responses]
+        groups.append(preftree.TokenTree.from_sequences(sequences, [prompt] * len(responses)))
+    return preftree.pack(groups)[0]
+
+
 def walks_up(row: preftree.PackedRow) -> list[list[int]]:
     """For each node the way from it to its root: itself first."""
     parent = row.parent.tolist()

@@ -68,23 +68,40 @@ def test_results_without_a_gradient():
 )
 @pytest.mark.usefixtures("nothing_compiled")
 def test_norms_are_found_in_each_spelling(name, norms, monkeypatch):
-    found = []
-
-    def look(module, inputs):
-        operators = (torch.ops.preftree.rms_norm.default, torch.ops.preftree.rms_norm_rotated.default)
-        found.append(sum(node.target in operators for node in module.graph.nodes))
-        assert not module.graph.find_nodes(op="call_function", target=torch.rsqrt)
-        return module
-
-    monkeypatch.setattr(compiled, "_BACKEND", look)
-    model = preftree.prepare_model(exact_model(name), compile=True)
-    row = preftree.pack([preftree.TokenTree.from_sequences([[1, 2, 3, 4], [1, 2, 5, 6, 7]], [2, 2])])[0]
-    preftree.sequence_logps(model, row).logps.sum().backward()
-    assert found[: len(norms)] == norms
+    count = calls(torch.ops.preftree.rms_norm.default, torch.ops.preftree.rms_norm_rotated.default)
+    graphs = graphs_of(name, monkeypatch)
+    assert not any(graph.find_nodes(op="call_function", target=torch.rsqrt) for graph in graphs)
+    assert [count(graph) for graph in graphs][: len(norms)] == norms
 
 
 def norm(x, scale, mean=lambda square: square.mean(-1, keepdim=True), power=2):
     return x * torch.rsqrt(mean(x.pow(power)) + 1e-6) * scale
+
+
+def fusing(count):
+    """A backend that runs graphs as they are rewritten, and what ``count`` finds in them."""
+    counts = []
+
+    def look(module, inputs):
+        fuse(module)
+        counts.append(count(module.graph))
+        return module
+
+    return look, counts
+
+
+def calls(*targets):
+    return lambda graph: sum(node.target in targets for node in graph.nodes)
+
+
+def graphs_of(name, monkeypatch):
+    """What the layers of a family are compiled from, rewritten."""
+    graphs = []
+    monkeypatch.setattr(compiled, "_BACKEND", lambda module, inputs: graphs.append(module.graph) or module)
+    model = preftree.prepare_model(exact_model(name), compile=True)
+    row = preftree.pack([preftree.TokenTree.from_sequences([[1, 2, 3, 4], [1, 2, 5, 6, 7]], [2, 2])])[0]
+    preftree.sequence_logps(model, row).logps.sum().backward()
+    return graphs
 
 
 def centred(x, scale):
@@ -145,13 +162,8 @@ OTHERS = {
 @pytest.mark.parametrize("function", OTHERS.values(), ids=OTHERS)
 @pytest.mark.usefixtures("nothing_compiled")
 def test_what_is_no_rms_norm_stays(function):
-    x, scale, counts = torch.randn(6, 8), torch.randn(8), []
-
-    def look(module, inputs):
-        fuse(module)
-        counts.append(len(module.graph.find_nodes(op="call_function", target=torch.ops.preftree.rms_norm.default)))
-        return module
-
+    x, scale = torch.randn(6, 8), torch.randn(8)
+    look, counts = fusing(calls(torch.ops.preftree.rms_norm.default))
     with torch._dynamo.config.patch(specialize_float=True):
         assert torch.equal(torch.compile(function, backend=look)(x, scale), function(x, scale))
         torch.compile(norm, backend=look)(x, scale)
@@ -267,14 +279,8 @@ def test_rotations_are_told_from_others(function, expected, trained_angles):
     x, angle = (torch.randn(shape, generator=generator) for shape in ((1, 5, 2, 8), (1, 1, 5, 8)))
     given = [x, torch.rand(8, generator=generator), angle.cos(), angle.sin()]
     given = [each.requires_grad_(place < 2 or trained_angles) for place, each in enumerate(given)]
-    counts, gradients = [], []
-
-    def look(module, inputs):
-        fuse(module)
-        found = module.graph.find_nodes(op="call_function", target=torch.ops.preftree.rms_norm_rotated.default)
-        counts.append(len(found))
-        return module
-
+    look, counts = fusing(calls(torch.ops.preftree.rms_norm_rotated.default))
+    gradients = []
     with torch._dynamo.config.patch(specialize_float=True):
         for run in (torch.compile(function, backend=look), function):
             out = run(*given)
@@ -290,13 +296,8 @@ def test_rotations_are_told_from_others(function, expected, trained_angles):
 @pytest.mark.parametrize(("name", "found"), [("qwen3", 2), ("llama", 0), ("gemma3", 0), ("olmo2", 0)])
 @pytest.mark.usefixtures("nothing_compiled")
 def test_rotated_heads_are_found(name, found, monkeypatch):
-    graphs = []
-    monkeypatch.setattr(compiled, "_BACKEND", lambda module, inputs: graphs.append(module.graph) or module)
-    model = preftree.prepare_model(exact_model(name), compile=True)
-    row = preftree.pack([preftree.TokenTree.from_sequences([[1, 2, 3, 4], [1, 2, 5, 6, 7]], [2, 2])])[0]
-    preftree.sequence_logps(model, row).logps.sum().backward()
-    target = torch.ops.preftree.rms_norm_rotated.default
-    assert len(graphs[0].find_nodes(op="call_function", target=target)) == found
+    whole, *_ = graphs_of(name, monkeypatch)
+    assert calls(torch.ops.preftree.rms_norm_rotated.default)(whole) == found
 
 
 # Gated MLPs with and without the sum behind them, and other products onto the residual stream; of a whole layer.
@@ -305,13 +306,9 @@ def test_rotated_heads_are_found(name, found, monkeypatch):
 )
 @pytest.mark.usefixtures("nothing_compiled")
 def test_products_are_found(name, found, monkeypatch):
-    graphs = []
     monkeypatch.setattr(products, "serves", lambda *operands: True)
-    monkeypatch.setattr(compiled, "_BACKEND", lambda module, inputs: graphs.append(module.graph) or module)
-    model = preftree.prepare_model(exact_model(name), compile=True)
-    row = preftree.pack([preftree.TokenTree.from_sequences([[1, 2, 3, 4], [1, 2, 5, 6, 7]], [2, 2])])[0]
-    preftree.sequence_logps(model, row).logps.sum().backward()
-    assert counted(graphs[0]) == found
+    whole, *_ = graphs_of(name, monkeypatch)
+    assert counted(whole) == found
 
 
 def counted(graph):
@@ -409,26 +406,14 @@ def test_gated_mlps_are_told_from_others(function, expected, monkeypatch):
     monkeypatch.setattr(products, "serves", lambda *operands: True)
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(shape, generator=generator) for shape in ((5, 8), (12, 8), (12, 8), (8, 12))]
-    counts = []
-
-    def look(module, inputs):
-        fuse(module)
-        counts.append(counted(module.graph))
-        return module
-
+    look, counts = fusing(counted)
     torch.testing.assert_close(torch.compile(function, backend=look)(*given), function(*given))
     assert counts == [expected]
 
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_products_that_no_kernel_serves_stay():
-    counts = []
-
-    def look(module, inputs):
-        fuse(module)
-        counts.append(counted(module.graph))
-        return module
-
+    look, counts = fusing(counted)
     x, gate, up, down = (torch.randn(shape) for shape in ((5, 8), (16, 8), (16, 8), (8, 16)))
     torch.compile(lambda *given: x + mlp(*given), backend=look)(x, gate, up, down)
     assert counts == [(0, 0, 0)]
@@ -438,16 +423,19 @@ def by_keywords(x, gate, up, down):
     g = nn.functional.silu(input=linear(input=x, weight=gate))
     h = torch.add(input=x, other=linear(g * linear(x, up), down))
     halves = torch.cat(tensors=(h, h), dim=-1)
-    return torch.cat(halves.split(8, -1), -1) * torch.rsqrt(input=halves.abs() + 1)
+    turned = torch.cat((torch.neg(input=h[..., 4:]), h[..., :4]), -1) * halves[..., :8]
+    mean = torch.mean(input=h.pow(2), dim=-1, keepdim=True)
+    return (
+        torch.cat(halves.split(8, -1), -1)[..., :8] * torch.rsqrt(input=h.abs() + 1) * torch.rsqrt(mean + 1e-6) + turned
+    )
 
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_what_is_given_by_keyword_is_left_alone(monkeypatch):
     monkeypatch.setattr(products, "serves", lambda *operands: True)
     given = [torch.randn(shape) for shape in ((5, 8), (12, 8), (12, 8), (8, 12))]
-
-    def look(module, inputs):
-        fuse(module)
-        return module
-
-    torch.testing.assert_close(torch.compile(by_keywords, backend=look, fullgraph=True)(*given), by_keywords(*given))
+    look, _ = fusing(counted)
+    with torch._dynamo.config.patch(specialize_float=True):
+        torch.testing.assert_close(
+            torch.compile(by_keywords, backend=look, fullgraph=True)(*given), by_keywords(*given)
+        )

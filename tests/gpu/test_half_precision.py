@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import VOCABULARY, build
+from oracle import row_of_lengths
 from torch._dynamo.utils import counters
 
 import preftree
@@ -15,19 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DEEP = {"num_hidden_layers": 28, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
 
 
-def row_of(seed, prompt, *responses):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(length):
-        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-
-    trees = []
-    for _ in range(3):
-        shared = draw(prompt)
-        trees.append(
-            preftree.TokenTree.from_sequences([shared + draw(n) for n in responses], [prompt] * len(responses))
-        )
-    return preftree.pack(trees)[0].to("cuda")
+def row_of(seed, *lengths):
+    return row_of_lengths(seed, VOCABULARY, 3, *lengths).to("cuda")
 
 
 def numbers(model, row):

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from families import VOCABULARY, build
+from oracle import row_of_lengths
 
 import preftree
 from preftree.models import prepared_part
@@ -15,15 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SIZES = {"num_hidden_layers": 9, "hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
 
 
-def row_of(seed, prompt, *responses):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(length):
-        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-
-    shared = draw(prompt)
-    trees = [preftree.TokenTree.from_sequences([shared + draw(n) for n in responses], [prompt] * len(responses))]
-    return preftree.pack(trees)[0].to("cuda")
+def row_of(seed, *lengths):
+    return row_of_lengths(seed, VOCABULARY, 1, *lengths).to("cuda")
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def nodes_of(row: PackedRow, rule: Rule) -> torch.Tensor:
     """
     key = ("nodes", rule.key)
     if key not in row.derived:
-        if (kernels := _kernels_of(row, rule)) is not None:
+        if (kernels := _triton_kernels(row, rule)) is not None:
             row.derived[key] = kernels.nodes_of(row, rule, LAST_TILE)
         else:
             nodes = torch.stack((row.end, row.position_ids, rule.lowest(row.position_ids))).to(torch.int32)
@@ -64,19 +64,19 @@ def nodes_of(row: PackedRow, rule: Rule) -> torch.Tensor:
 
 def key_lists(row: PackedRow, rule: Rule, query_block: int, key_block: int) -> BlockLists:
     """For each block of queries its blocks of keys: what a forward pass goes through."""
-    if (kernels := _kernels_of(row, rule)) is not None:
+    if (kernels := _triton_kernels(row, rule)) is not None:
         return BlockLists(*kernels.key_lists(nodes_of(row, rule), len(row), not rule.causal, query_block, key_block))
     return block_lists(*visible_blocks(row, rule, query_block, key_block))
 
 
 def query_lists(row: PackedRow, rule: Rule, query_block: int, key_block: int) -> BlockLists:
     """For each block of keys its blocks of queries: what a backward pass goes through."""
-    if (kernels := _kernels_of(row, rule)) is not None:
+    if (kernels := _triton_kernels(row, rule)) is not None:
         return BlockLists(*kernels.query_lists(nodes_of(row, rule), len(row), not rule.causal, query_block, key_block))
     some, everything = visible_blocks(row, rule, query_block, key_block)
     return block_lists(some.T, everything.T)
 
 
-def _kernels_of(row: PackedRow, rule: Rule) -> Any:
+def _triton_kernels(row: PackedRow, rule: Rule) -> Any:
     """The Triton kernels where they can serve, or None."""
     return kernels_of("preftree.attention.blocks_triton") if row.device.type == "cuda" and rule.known else None

@@ -108,7 +108,7 @@ def _keys_of(forward: Any) -> Any:
     return keys
 
 
-def _rewritten(module: GraphModule, inputs: list[Any], memory_budget: float = 1.0) -> Any:
+def _rewritten(module: GraphModule, inputs: list[Any], memory_budget: float) -> Any:
     """The backend that Dynamo gives the graphs that it captured: what they are rewritten to, compiled."""
     fuse(module)
     # Our operators count among what takes time to compute again.
@@ -138,9 +138,7 @@ def _formulas() -> str:
     return f"preftree {hashlib.sha256(code).hexdigest()}"
 
 
-def _compile(
-    function: Callable[..., Any], name: str, or_stock: bool = False, memory_budget: float = 1.0
-) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], name: str, or_stock: bool, memory_budget: float) -> Callable[..., Any]:
     runs = torch._dynamo.config.patch(_DYNAMO)(torch.compile(function, dynamic=True, backend=_backend(memory_budget)))
     if not or_stock:
         return runs
@@ -163,7 +161,7 @@ def _compile(
 
 
 @functools.cache
-def _compiled_class(cls: Any, or_stock: bool = False, memory_budget: float = 1.0) -> Any:
+def _compiled_class(cls: Any, or_stock: bool, memory_budget: float) -> Any:
     """A layer class whose instances run rows compiled, by the same name: sharding policies ask for it.
 
     A class and not the instance's own attribute, which deep copies would take along bound to the original's weights.

@@ -36,17 +36,23 @@ def fuse(module: GraphModule) -> None:
         (("cat",), _fuse_rotation),
     ):
         for node in list(graph.nodes):
-            if _name(node) in names and node.args:
+            if _name(node) in names:
                 rewrite(graph, node)
     graph.lint()
     module.recompile()
 
 
-def _name(node: Any) -> str | None:
+def _called(node: Any) -> str | None:
     """What a node computes, whether it is called as a function or as a method."""
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
         return None
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", None)
+
+
+def _name(node: Any) -> str | None:
+    """What a node computes, as patterns name it: None for what is given by keyword alone, which stays as it is."""
+    name = _called(node)
+    return name if name is not None and node.args else None
 
 
 def _tensor(node: Any) -> torch.Tensor | None:
@@ -61,7 +67,7 @@ def _before_cast(node: Any) -> Any:
 
 def _writes(node: Node) -> bool:
     """Whether a node changes what it reads."""
-    named = (_name(node) or "").endswith("_") or node.target in _IN_PLACE
+    named = (_called(node) or "").endswith("_") or node.target in _IN_PLACE
     return named or "out" in node.kwargs or _told_in_place(node)
 
 
@@ -75,6 +81,11 @@ def _told_in_place(node: Node) -> bool:
 
 def _only_user(node: Any) -> Any:
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _other(node: Any, operand: Any) -> Any:
+    """Of a sum or product of two, the one that is not this one."""
+    return node.args[1] if node.args[0] is operand else node.args[0]
 
 
 def _erase(graph: Graph, *nodes: Node) -> None:
@@ -118,7 +129,7 @@ def _fuse_rms_norm(graph: Graph, root: Any) -> None:
     scaled = _only_user(rounded)
     if scaled is None or scaled.target is not operator.mul or rounded not in scaled.args:
         return
-    scale = scaled.args[1] if scaled.args[0] is rounded else scaled.args[0]
+    scale = _other(scaled, rounded)
     result = _only_user(scaled)
     if result is None or _before_cast(result) is not scaled:
         result = scaled
@@ -168,7 +179,7 @@ def _added_to(node: Any) -> tuple[Any, Any]:
     total = _only_user(node)
     if _name(total) != "add" or total.kwargs or len(total.args) != 2 or total.args[0] is total.args[1]:
         return None, None
-    other = total.args[1] if total.args[0] is node else total.args[0]
+    other = _other(total, node)
     values: list[Any] = [_tensor(each) for each in (node, other, total)]
     if any(v is None or v.dtype != values[0].dtype or v.shape != values[0].shape for v in values):
         return None, None
@@ -189,7 +200,7 @@ def _fuse_gated_mlp(graph: Graph, activated: Any) -> None:
     unit, gate, gated = _gated_unit(activated), activated.args[0], _only_user(activated)
     if unit is None or _only_user(gate) is None or gated is None or gated.target is not operator.mul:
         return
-    up = gated.args[1] if gated.args[0] is activated else gated.args[0]
+    up = _other(gated, activated)
     down = _only_user(gated)
     if (ahead := _linear(gate)) is None or (beside := _linear(up)) is None or (behind := _linear(down)) is None:
         return
@@ -235,15 +246,13 @@ def _rotation(turned: Any) -> tuple[Any, Any, Any, list[Any]] | None:
         return None
     if not _half(first, x, slice(None, size // 2, None)) or not _half(second, x, slice(size // 2, None, None)):
         return None
-    by_cos: Any = added.args[0] if added.args[1] is by_sin else added.args[1]
+    by_cos: Any = _other(added, by_sin)
     if by_sin.target is not operator.mul or getattr(by_cos, "target", None) is not operator.mul:
         return None
-    sin = by_sin.args[1] if by_sin.args[0] is turned else by_sin.args[0]
-    cos = by_cos.args[1] if by_cos.args[0] is x else by_cos.args[0]
     inner = [by_cos, by_sin, turned, parts[0], first, second]
     if set(x.users) != {by_cos, first, second} or any(len(node.users) != 1 for node in inner):
         return None
-    return x, cos, sin, [added, *inner]
+    return x, _other(by_cos, x), _other(by_sin, turned), [added, *inner]
 
 
 def _fuse_rotation(graph: Graph, turned: Any) -> None:

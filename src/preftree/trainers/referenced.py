@@ -51,10 +51,10 @@ class ReferencedTrainer(TreeTrainer):
 
     def _prepare_for_trees(self) -> None:
         model: Any = getattr(self, "ref_model", None)
-        stays = model is None or self.precompute_ref_logps or not self.args.offload_reference
-        new = not stays and prepared_part(model) is None
+        new = model is not None and prepared_part(model) is None
         super()._prepare_for_trees()
-        if new and (prepared := prepared_part(model)) is not None:
+        offloads = self.args.offload_reference and not self.precompute_ref_logps
+        if new and offloads and (prepared := prepared_part(model)) is not None:
             offload_layers(prepared, self.args.device)
 
     @contextlib.contextmanager
