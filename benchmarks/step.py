@@ -265,7 +265,11 @@ def run_side(
             try:
                 measured = timed_steps(trainer, case, micro, vocabulary, cuda)
                 break
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                # Out of memory, or in TRL whatever a library makes of batches that are too large for it.
+                if side != "trl" and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                print(f"{case.name}: {micro} at once: {str(error)[:100]}", file=sys.stderr, flush=True)
                 trainer.model.zero_grad()
                 torch.cuda.empty_cache()
                 micro = micro // 2 if side == "trl" else 0

@@ -101,13 +101,18 @@ def test_weights_lie_side_by_side(tmp_path):
     before = copy.deepcopy(model.state_dict())
     tokens = torch.tensor([[1, 2, 3, 4, 5]])
     logits = model(tokens).logits
-    assert side_by_side(model) == model.config.num_hidden_layers
+    assert side_by_side(model) == 6 * model.config.num_hidden_layers  # the output's projection takes as many inputs
     assert side_by_side(model) == 0
     for layer in model.model.layers:
-        gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
-        both = products._as_one(gate, up)
-        assert both.data_ptr() == gate.data_ptr()
-        assert torch.equal(both, torch.cat((gate, up)))
+        attention = layer.self_attn
+        for linears in (
+            (layer.mlp.gate_proj, layer.mlp.up_proj),
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+        ):
+            weights = [linear.weight for linear in linears]
+            together = products._as_one(*weights)
+            assert together.data_ptr() == weights[0].data_ptr()
+            assert torch.equal(together, torch.cat(weights))
     assert torch.equal(model(tokens).logits, logits)
 
     # What others do with parameters works as before.
@@ -147,15 +152,9 @@ def test_other_weights_stay_where_they_are():
     parts.linear0.weight.data = torch.randn(20, 8)[2:18]
     biased = mlp_of((8, 16), (8, 16), (16, 8))
     biased.linear1 = nn.Linear(8, 16)
-    for module in (
-        tied,
-        parts,
-        biased,
-        mlp_of((8, 16), (8, 16), (8, 16), (16, 8)),
-        mlp_of((8, 8), (8, 8), (8, 8)),
-        mlp_of((8, 16), (16, 8)),
-        mlp_of((8, 16), (8, 16)),
-    ):
+    others = mlp_of((8, 16), (8, 16))
+    others.linear1.weight.data = torch.randn(16, 8, dtype=torch.float64)
+    for module in (tied, parts, biased, others, mlp_of((8, 16), (16, 8)), mlp_of((8, 16), (16, 8), (8, 16))):
         where = [parameter.data_ptr() for parameter in module.parameters()]
         assert side_by_side(module) == 0
         assert [parameter.data_ptr() for parameter in module.parameters()] == where
@@ -165,16 +164,29 @@ def test_nothing_is_moved_that_no_kernel_serves():
     assert side_by_side(exact_model("llama")) == 0
 
 
-@pytest.mark.parametrize("case", ["apart", "other way round", "with a gap", "transposed"])
+@pytest.mark.usefixtures("served")
+def test_each_run_of_linears_lies_together():
+    module = mlp_of((8, 16), (8, 8), (8, 3), (16, 8), (8, 4), (8, 4))
+    weights = [parameter.detach().clone() for parameter in module.parameters()]
+    assert side_by_side(module) == 5
+    assert all(map(torch.equal, module.parameters(), weights))
+    storages = [parameter.untyped_storage().data_ptr() for parameter in module.parameters()]
+    assert len(set(storages)) == 3
+    assert storages[0] == storages[2]
+    assert storages[4] == storages[5]
+
+
+@pytest.mark.parametrize("case", ["apart", "other way round", "with a gap", "transposed", "the last apart"])
 def test_weights_that_lie_apart_are_put_together(case):
     memory = torch.randn(40, 6)
-    gate, up = {
+    weights = {
         "apart": (torch.randn(8, 6), torch.randn(8, 6)),
         "other way round": (memory[8:16], memory[:8]),
         "with a gap": (memory[:8], memory[9:17]),
         "transposed": (memory.flatten()[:48].view(6, 8).T, memory.flatten()[48:96].view(6, 8).T),
+        "the last apart": (memory[:8], memory[8:16], torch.randn(3, 6)),
     }[case]
-    assert torch.equal(products._as_one(gate, up), torch.cat((gate, up)))
+    assert torch.equal(products._as_one(*weights), torch.cat(weights))
 
 
 @pytest.fixture
@@ -226,7 +238,7 @@ def test_kernels_that_do_not_work_are_not_used(name, on_this_device):
 def test_compiled_layers_are_exact(name, monkeypatch):
     monkeypatch.setattr(compiled, "_BACKEND", "aot_eager")
     model, plain = exact_model(name), preftree.prepare_model(exact_model(name))
-    assert side_by_side(copy.deepcopy(model)) == model.config.num_hidden_layers
+    assert side_by_side(copy.deepcopy(model)) >= 2 * model.config.num_hidden_layers
     preftree.prepare_model(model, compile=True)
     row = preftree.pack([preftree.TokenTree.from_sequences([[1, 2, 3, 4], [1, 2, 5, 6, 7]], [2, 2])] * 2)[0]
     results = []

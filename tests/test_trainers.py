@@ -1,5 +1,7 @@
 """The other trainers against TRL's: losses, options and data formats, in one row and in several, metric by metric."""
 
+import contextlib
+import gc
 import math
 import os
 import random
@@ -11,10 +13,12 @@ import torch
 from conftest import word_tokenizer
 from families import EXACT, build
 from preference_data import chat_pairs, dataset, examples, text_pairs
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl_runs import COMMON, classes, construct, differences, train
 
 import preftree
+from preftree.trainers import base
+from preftree.trainers.garbage import ObjectsKept
 
 SEVERAL_ROWS = {"row_length": 80}
 ONE_OR_MORE = pytest.mark.parametrize("own", [{}, SEVERAL_ROWS], ids=["one-row", "several-rows"])
@@ -353,3 +357,41 @@ def test_importing_is_quiet():
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0
     assert "TRLExperimentalWarning" not in result.stderr
+
+
+class Frozen(TrainerCallback):
+    """How many objects collections leave out, after each step."""
+
+    def __init__(self, fails=False):
+        self.counts, self.fails = [], fails
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counts.append(gc.get_freeze_count())
+        if self.fails:
+            raise KeyboardInterrupt
+
+
+def test_objects_of_the_first_step_are_no_garbage(model_path, monkeypatch):
+    def counts(wanted=True, **options):
+        callback, wants = Frozen(**options), []
+        monkeypatch.setattr(base, "ObjectsKept", lambda given: wants.append(given) or ObjectsKept(wanted))
+        with contextlib.suppress(KeyboardInterrupt):
+            train("preftree", model_path, dataset(text_pairs(10)), trainer_args={"callbacks": [callback]})
+        assert not any(wants)  # on a CPU
+        return callback.counts
+
+    gc.unfreeze()
+    assert counts(wanted=False) == [0, 0, 0]
+    first, *later = counts()
+    assert first > 1000
+    assert len(later) == 2
+    assert all(0.9 * first < count <= first for count in later)  # some of them are given up since
+    assert gc.get_freeze_count() == 0
+    assert counts(fails=True)[0] > 1000
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        given = gc.get_freeze_count()
+        assert all(0.9 * given < count <= given for count in [*counts(), gc.get_freeze_count()])
+    finally:
+        gc.unfreeze()

@@ -80,7 +80,7 @@ def test_gradients(apart):
     )
     mlp.to("cuda", torch.bfloat16)
     if not apart:
-        assert products.side_by_side(mlp) == 1
+        assert products.side_by_side(mlp) == 2
     x = torch.randn(2, 77, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     residual = torch.randn_like(x).requires_grad_()
     given = [x, mlp.gate.weight, mlp.up.weight, mlp.down.weight, residual]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from preftree.kernels import kernels_of
-from preftree.models import rms_norm
+from preftree.models import heads, rms_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SINGLE, HALF = torch.float32, torch.bfloat16
@@ -65,4 +65,30 @@ def test_gradients_of_rotated_heads(dtype, shape, layout):
         for one, other in zip(kernels.gradients(*given), rms_norm.gradients(*given), strict=True):
             error = float((one - other).float().norm() / other.float().norm())
             assert one.dtype == other.dtype
+            assert error < (1e-5 if dtype == SINGLE else 0.01)
+
+
+@pytest.mark.parametrize("wants_scales", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "q_heads", "groups", "size", "value_size"),
+    [(1, 1301, 16, 8, 128, 128), (2, 33, 3, 1, 64, 40), (1, 5, 4, 2, 6, 10)],
+)
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+def test_gradients_of_projected_heads(dtype, batch, tokens, q_heads, groups, size, value_size, wants_scales):
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+    counts_and_sizes = (q_heads, size), (groups, size), (groups, value_size)
+    grads = [random(batch, tokens, count, width) for count, width in counts_and_sizes]
+    projected = random(batch, tokens, sum(count * width for count, width in counts_and_sizes))
+    angles = random(batch, 1, tokens, size)
+    given = (*grads, projected, random(size), random(size), 1e-6, dtype, angles.cos(), angles.sin(), wants_scales)
+    kernels = kernels_of("preftree.models.rms_norm_triton")
+    for one, other in zip(kernels.heads_gradients(*given), heads.gradients(*given), strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        if one.numel():
+            error = float((one - other).float().norm() / other.float().norm())
             assert error < (1e-5 if dtype == SINGLE else 0.01)

@@ -64,11 +64,19 @@ class _OnRow:
 
     def __init__(self, row: PackedRow, rule: Rule):
         self.row, self.rule = row, rule
+        self.tables: dict[tuple, list[torch.Tensor]] = {}
 
     def _options(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores) -> tuple:
         sizes = block_sizes(q_BHSD.shape[-1], v_BGSE.shape[-1])
-        tables = _tables(self.row, self.rule, sizes)
+        tables = self._tables(sizes, q_BHSD.shape[:2])
         return tables, [*sizes[0], *sizes[1]], not self.rule.causal, scores.scale, scores.softcap or 0.0
+
+    def _tables(self, sizes: tuple[tuple[int, int], tuple[int, int]], heads: torch.Size) -> list[torch.Tensor]:
+        """`_tables` for batch and heads, which the library would expand them to in every layer."""
+        if (sizes, heads) not in self.tables:
+            nodes, *lists = _tables(self.row, self.rule, sizes)
+            self.tables[sizes, heads] = [nodes, *(each.expand(*heads, *each.shape[2:]) for each in lists)]
+        return self.tables[sizes, heads]
 
     def __call__(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
         out_BHSE, _ = _forward(q_BHSD, k_BGSD, v_BGSE, scores.sinks, *self._options(q_BHSD, v_BGSE, scores))
@@ -90,10 +98,11 @@ def _mask(nodes: torch.Tensor, lists: list[torch.Tensor], sizes: list[int], from
 
     from preftree.attention.flash_mask import tree_mask, tree_mask_from
 
-    end, positions, lowest = (Int64(row.data_ptr()) for row in nodes)
+    first, step = nodes.data_ptr(), nodes.stride(0) * nodes.element_size()
     return {
         "mask_mod": tree_mask_from if from_lowest else tree_mask,
-        "aux_scalars": (end, positions, lowest) if from_lowest else (end,),
+        # Ends, and for a window positions and the lowest visible one.
+        "aux_scalars": tuple(Int64(first + step * place) for place in range(3 if from_lowest else 1)),
         "block_sparse_tensors": BlockSparseTensorsTorch(*BlockLists(*lists), block_size=(sizes[0], sizes[1])),
     }
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from preftree.attention.mask import Rule
 from preftree.attention.scores import Scores
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Layer:
         device = q_BHSD.device
         return cls(
             device=device.type,
-            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            capability=_capability(device),
             dtype=q_BHSD.dtype,
             heads=q_BHSD.shape[1],
             groups=k_BGSD.shape[1],

@@ -36,7 +36,7 @@ _INDUCTOR: dict[str, Any] = {
     "triton.mix_order_reduction": False,
 }
 # Modules of operators that compiled code holds the formulas of.
-_OPERATORS = ("operator", "rms_norm", "rms_norm_triton", "products", "products_formulas", "products_quack")
+_OPERATORS = ("operator", "heads", "rms_norm", "rms_norm_triton", "products", "products_formulas", "products_quack")
 _DYNAMO: dict[str, Any] = {
     # Compilations of one class's code: with and without gradients, by kind of attention, by what is trained. Dynamo's own
     # limit of 8 would end in layers that run uncompiled.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from preftree.models import products
+from preftree.models import heads, products  # noqa: F401 (registers operators)
 from preftree.models.rms_norm import MOST_READERS
 
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem)
@@ -28,12 +28,14 @@ def fuse(module: GraphModule) -> None:
     graph = module.graph
     if any(map(_writes, graph.nodes)):
         return
-    # Norms behind the products, which leave their results fewer readers; what rotates norms behind these.
+    # Norms behind the products, which leave their results fewer readers; what rotates norms behind these, and what projects
+    # what they rotate.
     for names, rewrite in (
         (("silu", "gelu"), _fuse_gated_mlp),
         (("linear",), _fuse_residual),
         (("rsqrt",), _fuse_rms_norm),
         (("cat",), _fuse_rotation),
+        (("row_attention.default",), _fuse_heads),
     ):
         for node in list(graph.nodes):
             if _name(node) in names:
@@ -141,8 +143,10 @@ def _fuse_rms_norm(graph: Graph, root: Any) -> None:
         return
     order = {node: place for place, node in enumerate(graph.nodes)}
     later = [user for user in x.users if order[user] > order[result]]
-    readers = list(result.users)
-    copies = max(1, min(len(readers), MOST_READERS))
+    # Each that reads numbers gets a copy of its own; who asks for sizes has no gradient.
+    readers = sorted(result.users, key=_asks_for_sizes, reverse=True)
+    asking = sum(map(_asks_for_sizes, readers))
+    copies = max(1, min(len(readers) - asking, MOST_READERS))
     with graph.inserting_before(result):
         arguments = (x, scale, eps, inner.dtype, outer.dtype, copies)
         both = graph.call_function(torch.ops.preftree.rms_norm.default, arguments)
@@ -152,10 +156,14 @@ def _fuse_rms_norm(graph: Graph, root: Any) -> None:
     for node, value in ((beside, before), *((each, outer) for each in fused)):
         node.meta["example_value"] = value
     for place, reader in enumerate(readers):
-        reader.replace_input_with(result, fused[min(place, copies - 1)])
+        reader.replace_input_with(result, fused[min(max(place - asking, 0), copies - 1)])
     for user in later:
         user.replace_input_with(x, beside)
     _erase(graph, result, scaled, rounded, normed, root, added, mean, mean.args[0], x32)
+
+
+def _asks_for_sizes(node: Node) -> bool:
+    return _called(node) in ("size", "dim", "getattr")
 
 
 def _linear(node: Any) -> tuple[Any, Any] | None:
@@ -269,11 +277,66 @@ def _fuse_rotation(graph: Graph, turned: Any) -> None:
         if angle is None or angle.dtype != value.dtype or tuple(angle.shape) != expected or angle.requires_grad:
             return
     normed = x.args[0]
-    results: Any = normed.args[0] if _name(normed) == "getitem" else None
-    both: Any = results.args[0] if _name(results) == "getitem" else None
-    if both is None or both.target is not torch.ops.preftree.rms_norm.default:
+    if (results := _of_results(normed)) is None:
         return
+    both = results.args[0]
     if any(len(node.users) != 1 for node in (normed, results, both)):
         return
     arguments = (*both.args[:5], cos, sin)
     _replace(graph, added, torch.ops.preftree.rms_norm_rotated.default, arguments, *inner, x, normed, results, both)
+
+
+def _projected(heads_BSHD: Any) -> tuple[Any, Any, Any, list[Any]] | None:
+    """Input, weight, head size and nodes of heads that are projected without a bias, if they are."""
+    product: Any = heads_BSHD.args[0] if _name(heads_BSHD) in ("view", "reshape") else None
+    operands, value = _linear(product), _tensor(heads_BSHD)
+    if operands is None or value is None or value.ndim != 4 or any(len(x.users) != 1 for x in (heads_BSHD, product)):
+        return None
+    return *operands, value.shape[-1], [heads_BSHD, product]
+
+
+def _fuse_heads(graph: Graph, attention: Any) -> None:
+    """Project queries, keys and values by one product, if the former are normed and rotated and kernels serve."""
+    q, k, v = attention.args[:3]
+    rotated = torch.ops.preftree.rms_norm_rotated.default
+    if _name(v) != "transpose" or v.args[1:] != (1, 2) or any(node.target is not rotated for node in (q, k)):
+        return
+    if q.args[2:] != k.args[2:] or any(len(node.users) != 1 for node in (q, k, v)):
+        return
+    found = [_projected(node.args[0]) for node in (q, k, v)]
+    if any(each is None for each in found):
+        return
+    inputs, weights, sizes, inner = zip(*found, strict=True)
+    sources = {_of_results(x) or x for x in inputs}
+    x = inputs[0]
+    values: list[Any] = [_tensor(each) for each in (x, *weights, *inner[0])]
+    if len(sources) > 1 or any(each is None or each.dtype != values[0].dtype for each in values):
+        return
+    if values[0].ndim != 3 or q.args[4] != values[0].dtype or not products.serves(*values[:4]):
+        return
+    arguments = (x, *weights, q.args[1], k.args[1], *q.args[2:4], *q.args[5:], sizes[2])
+    with graph.inserting_before(attention):
+        together = graph.call_function(torch.ops.preftree.normed_heads.default, arguments)
+        results = [graph.call_function(operator.getitem, (together, place)) for place in range(3)]
+    for node, result in zip((q, k, v), results, strict=True):
+        result.meta["example_value"] = _tensor(node)
+        node.replace_all_uses_with(result)
+    _erase(graph, q, k, v, *(node for nodes in inner for node in nodes))
+    if (copies := _of_results(x)) is not None:
+        _drop_copies(graph, copies)
+
+
+def _of_results(node: Any) -> Any:
+    """The results of an `rms_norm` that a node is one of, or None."""
+    results: Any = node.args[0] if _name(node) == "getitem" else None
+    both: Any = results.args[0] if _name(results) == "getitem" else None
+    return results if both is not None and both.target is torch.ops.preftree.rms_norm.default else None
+
+
+def _drop_copies(graph: Graph, results: Any) -> None:
+    """Have an `rms_norm` give as many copies of its result as are read."""
+    _erase(graph, *list(results.users))
+    for place, copy in enumerate(list(results.users)):
+        copy.args = (results, place)
+    both = results.args[0]
+    both.args = (*both.args[:5], len(results.users))

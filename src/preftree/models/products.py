@@ -12,7 +12,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -77,25 +77,32 @@ def _work(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def side_by_side(model: nn.Module) -> int:
-    """Let the weights of gate and up that kernels serve lie behind each other in memory; returns how many MLPs it found.
+    """Let weights that kernels serve lie behind each other in memory where they may read one input; returns how many do.
 
-    The kernels read both as one matrix, which else would be put together anew for each product. Parameters stay what they
-    are, with other memory behind them: optimizers, checkpoints and tied weights see no difference.
+    That is where layers of one module that follow each other, without biases, take inputs of one size. They can be read as
+    one matrix then, which else would be put together anew for each product. Parameters stay what they are, with other memory
+    behind them: optimizers, checkpoints and tied weights see no difference.
     """
     found = 0
     for module in model.modules():
-        linears: list[Any] = [layer for layer in module.children() if type(layer) is nn.Linear and layer.bias is None]
-        for gate, up in pairwise(linears):
-            shape = gate.weight.shape
-            alike = [layer for layer in linears if layer.weight.shape == shape]
-            back = [layer for layer in linears if layer.weight.shape == shape[::-1]]
-            if alike != [gate, up] or gate.weight is up.weight or len(back) != 1:
-                continue
-            if all(map(_alone, (gate.weight, up.weight))) and serves(gate.weight, gate.weight, up.weight):
-                both = torch.cat((gate.weight.data, up.weight.data))
-                gate.weight.data, up.weight.data = both.chunk(2)
-                found += 1
+        linears: list[Any] = [layer for layer in module.children() if isinstance(layer, nn.Linear)]
+        for (size, *_), group in groupby(linears, key=_joins):
+            weights = [layer.weight for layer in group]
+            distinct = len(set(map(id, weights))) == len(weights)
+            if size is not None and len(weights) > 1 and distinct and serves(weights[0], *weights):
+                together = torch.cat([weight.data for weight in weights])
+                for weight, part in zip(weights, together.split([len(weight) for weight in weights]), strict=True):
+                    weight.data = part
+                found += len(weights)
     return found
+
+
+def _joins(linear: Any) -> tuple[Any, ...]:
+    """What layers have in common whose weights may lie behind each other; None first and itself for one that may not."""
+    weight = linear.weight
+    if type(linear) is not nn.Linear or linear.bias is not None or not _alone(weight):
+        return None, id(linear)
+    return weight.shape[-1], weight.dtype, weight.device
 
 
 def _alone(weight: Any) -> bool:
@@ -107,14 +114,20 @@ def _alone(weight: Any) -> bool:
     )
 
 
-def _as_one(gate_FD: torch.Tensor, up_FD: torch.Tensor) -> torch.Tensor:
-    """Both weights as one matrix ``[2 F, D]``: without a copy where they lie behind each other."""
-    shared = gate_FD.untyped_storage().data_ptr() == up_FD.untyped_storage().data_ptr()
-    behind = up_FD.storage_offset() == gate_FD.storage_offset() + gate_FD.numel()
-    if shared and behind and gate_FD.is_contiguous() and up_FD.is_contiguous():
-        features, size = gate_FD.shape
-        return gate_FD.as_strided((2 * features, size), (size, 1))
-    return torch.cat((gate_FD, up_FD))
+def _as_one(*weights: torch.Tensor) -> torch.Tensor:
+    """Weights ``[E, D]`` as one matrix: without a copy where they lie behind each other."""
+    first = weights[0]
+    start = behind = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != behind or not weight.is_contiguous():
+            return torch.cat(weights)
+        behind += weight.nbytes
+    # Others' memory may lie behind the first one's by chance.
+    memory = first.untyped_storage()
+    if behind > memory.data_ptr() + memory.nbytes():
+        return torch.cat(weights)
+    size = first.shape[1]
+    return first.as_strided(((behind - start) // (size * first.element_size()), size), (size, 1))
 
 
 def _by(x: torch.Tensor) -> Any:
@@ -122,7 +135,7 @@ def _by(x: torch.Tensor) -> Any:
     return (kernels_of(_KERNELS) if x.is_cuda else None) or products_formulas
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
+def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     """An operator that compilers do not look into, called with less ado than `torch.library.custom_op` makes."""
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -135,7 +148,7 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-@_operator("gated_up(Tensor x, Tensor gate, Tensor up, str activation, bool keeps) -> (Tensor, Tensor)")
+@operator("gated_up(Tensor x, Tensor gate, Tensor up, str activation, bool keeps) -> (Tensor, Tensor)")
 def _up(x_ND, gate_FD, up_FD, activation, keeps):
     return _by(x_ND).up(x_ND.contiguous(), _as_one(gate_FD, up_FD), activation, keeps)
 
@@ -146,7 +159,7 @@ def _(x_ND, gate_FD, up_FD, activation, keeps):
     return x_ND.new_empty(shape), x_ND.new_empty((shape[0], 2 * shape[1]) if keeps else 0)
 
 
-@_operator("gated_up_backward(Tensor grad, Tensor down, Tensor both, str activation) -> (Tensor, Tensor)")
+@operator("gated_up_backward(Tensor grad, Tensor down, Tensor both, str activation) -> (Tensor, Tensor)")
 def _up_backward(grad_ND, down_DF, both_NF2, activation):
     return _by(grad_ND).up_backward(grad_ND.contiguous(), down_DF.contiguous(), both_NF2, activation)
 
@@ -156,7 +169,7 @@ def _(grad_ND, down_DF, both_NF2, activation):
     return torch.empty_like(both_NF2), grad_ND.new_empty((grad_ND.shape[0], down_DF.shape[1]))
 
 
-@_operator("gated_input_gradient(Tensor grads, Tensor gate, Tensor up) -> Tensor")
+@operator("gated_input_gradient(Tensor grads, Tensor gate, Tensor up) -> Tensor")
 def _input_gradient(grads_NF2, gate_FD, up_FD):
     return _by(grads_NF2).input_gradient(grads_NF2, _as_one(gate_FD, up_FD))
 
@@ -166,7 +179,7 @@ def _(grads_NF2, gate_FD, up_FD):
     return grads_NF2.new_empty((grads_NF2.shape[0], gate_FD.shape[1]))
 
 
-@_operator("gated_weight_gradients(Tensor grads, Tensor x) -> Tensor")
+@operator("gated_weight_gradients(Tensor grads, Tensor x) -> Tensor")
 def _weight_gradients(grads_NF2, x_ND):
     return _by(grads_NF2).weight_gradients(grads_NF2, x_ND.contiguous())
 
@@ -176,7 +189,7 @@ def _(grads_NF2, x_ND):
     return grads_NF2.new_empty((grads_NF2.shape[1], x_ND.shape[1]))
 
 
-@_operator("product_onto(Tensor x, Tensor weight, Tensor residual) -> Tensor")
+@operator("product_onto(Tensor x, Tensor weight, Tensor residual) -> Tensor")
 def _onto(x_ND, weight_ED, residual_NE):
     return _by(x_ND).onto(x_ND.contiguous(), weight_ED.contiguous(), residual_NE.contiguous())
 
@@ -184,6 +197,28 @@ def _onto(x_ND, weight_ED, residual_NE):
 @torch.library.register_fake("preftree::product_onto", lib=_library)
 def _(x_ND, weight_ED, residual_NE):
     return x_ND.new_empty(residual_NE.shape)
+
+
+@operator("linears(Tensor x, Tensor[] weights) -> Tensor")
+def linears(x_ND, weights):
+    """Products with several weights ``[E, D]`` behind each other: ``[N, sum of E]``."""
+    return x_ND @ _as_one(*weights).T
+
+
+@torch.library.register_fake("preftree::linears", lib=_library)
+def _(x_ND, weights):
+    return x_ND.new_empty((x_ND.shape[0], sum(weight.shape[0] for weight in weights)))
+
+
+@operator("linears_input_gradient(Tensor grads, Tensor[] weights) -> Tensor")
+def linears_input_gradient(grads_NE, weights):
+    """Of the input of `linears`, ``[N, D]``."""
+    return grads_NE @ _as_one(*weights)
+
+
+@torch.library.register_fake("preftree::linears_input_gradient", lib=_library)
+def _(grads_NE, weights):
+    return grads_NE.new_empty((grads_NE.shape[0], weights[0].shape[1]))
 
 
 def _down(x_NF: torch.Tensor, down_DF: torch.Tensor, residual_ND: torch.Tensor | None) -> torch.Tensor:
@@ -194,6 +229,11 @@ def _down(x_NF: torch.Tensor, down_DF: torch.Tensor, residual_ND: torch.Tensor |
 @register_flop_formula(torch.ops.preftree.gated_up)
 def _(x_shape, gate_shape, *_, **__):
     return 4 * math.prod(gate_shape) * x_shape[0]
+
+
+@register_flop_formula(torch.ops.preftree.linears)
+def _(x_shape, weight_shapes, *_, **__):
+    return 2 * sum(map(math.prod, weight_shapes)) * x_shape[0]
 
 
 @register_flop_formula(torch.ops.preftree.product_onto)

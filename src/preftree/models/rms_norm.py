@@ -35,7 +35,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale_D)
         ctx.eps, ctx.inner = eps, inner
-        result = _scaled(x, scale_D, eps, inner, outer)
+        result = scaled(x, scale_D, eps, inner, outer)
         return x.view_as(x), result, *(result.view_as(result) for _ in range(readers - 1))
 
     @staticmethod
@@ -55,7 +55,7 @@ class _RmsNormRotated(torch.autograd.Function):
     def forward(ctx, x_BSHD, scale_D, eps, inner, outer, cos, sin):
         ctx.save_for_backward(x_BSHD, scale_D, cos, sin)
         ctx.eps, ctx.inner = eps, inner
-        return _rotate(_scaled(x_BSHD, scale_D, eps, inner, outer).transpose(1, 2), cos, sin)
+        return rotate(scaled(x_BSHD, scale_D, eps, inner, outer).transpose(1, 2), cos, sin)
 
     @staticmethod
     def backward(ctx, grad_BHSD):
@@ -70,11 +70,13 @@ def _by(x: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor | Non
     return gradients if kernels is None else kernels.gradients
 
 
-def _scaled(x: torch.Tensor, scale_D: torch.Tensor, eps: float, inner: torch.dtype, outer: torch.dtype) -> torch.Tensor:
+def scaled(x: torch.Tensor, scale_D: torch.Tensor, eps: float, inner: torch.dtype, outer: torch.dtype) -> torch.Tensor:
+    """The RMSNorm of `rms_norm`, for autograd or a compiler to differentiate."""
     return (scale_D * _normalised(x, eps)[0].to(inner)).to(outer)
 
 
-def _rotate(x_BHSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x_BHSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Heads rotated by position, see `rms_norm_rotated`."""
     one, two = x_BHSD.chunk(2, -1)
     return x_BHSD * cos + torch.cat((-two, one), -1) * sin
 

@@ -23,6 +23,7 @@ from preftree.trainers.checks import check_weights, vocabulary_of
 from preftree.trainers.collator import TreeBatch, TreeCollator
 from preftree.trainers.config import upgrade
 from preftree.trainers.finite import FiniteLosses
+from preftree.trainers.garbage import ObjectsKept
 from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
 from preftree.trainers.metrics import Metrics, Unread, mean
 from preftree.trainers.preparation import DataPreparation
@@ -68,6 +69,7 @@ class TreeTrainer(DataPreparation):
         self._batch: MicroBatch | None = None
         self._unread: list[tuple[str, Unread]] = []
         self._finite_losses = FiniteLosses(False)
+        self._objects_kept = ObjectsKept(False)
         # What training has computed so far on this rank: examples, rows, row_tokens (padding included), tokens, and
         # unshared_tokens (what the same sequences hold one by one).
         self.computed: Counter[str] = Counter()
@@ -231,11 +233,13 @@ class TreeTrainer(DataPreparation):
         self.computed["examples"] += batch.examples
         self._count(batch)
         self._batch = None
+        self._objects_kept.after_step()
         return self._finite_losses.replace(loss, self.state.global_step)
 
     def _inner_training_loop(self, *args, **kwargs):
         self._finite_losses = FiniteLosses(self.args.logging_nan_inf_filter)
-        with self._nan_inf_filter(False):
+        self._objects_kept = ObjectsKept(self.args.device.type != "cpu")
+        with self._nan_inf_filter(False), self._objects_kept:
             return super()._inner_training_loop(*args, **kwargs)
 
     @contextlib.contextmanager
