@@ -569,7 +569,7 @@ def preparation(small: int, repeats: int) -> list[dict[str, object]]:
 
             def tables(row=row, rule=rule, sizes=sizes):
                 row.derived.clear()
-                return _tables(row, rule, sizes)
+                return _tables(row, rule, sizes, torch.Size((1, 1)))
 
             def paths(row=row, rule=rule):
                 row.derived.clear()

@@ -87,7 +87,7 @@ def windowed(cases: list[bench.Case], windows: tuple[int, ...]) -> list[bench.Ca
 
 def static(case: bench.Case) -> bench.Case:
     """The same trees in a row of one of a few lengths: FlexAttention compiles for each."""
-    return bench.Case(case.name, case.trees, case.rule, row_length=static_length(case.row.num_tokens, 4096))
+    return bench.Case(case.name, case.trees, case.rule, row_length=static_length(case.row.num_tokens, block=4096))
 
 
 def milliseconds(case: bench.Case, shape: bench.Shape, backend: str, repeats: int) -> float:

@@ -32,7 +32,7 @@ class Product:
 
     Attributes:
         name: for the table.
-        calls: how often a step has it, at all tokens.
+        calls: how often a step has it.
         operations: of one call.
         methods: who computes it, by name.
     """
@@ -62,10 +62,12 @@ def products_of(options: argparse.Namespace, kernels: Any) -> list[Product]:
     hidden, features = options.hidden, options.intermediate
     q_size, k_size = options.heads * options.head_size, options.groups * options.head_size
     x = random(options.tokens, hidden)
-    # Of the last layer, what follows its keys and values is computed at scored tokens alone.
+    # Layers project queries, keys and values by one product; the last one keys and values alone, and at scored tokens
+    # queries and what follows.
     calls = options.layers - 1 + options.scored / options.tokens
-    listed = plain("queries", calls, x, random(q_size, hidden))
-    listed += plain("keys, values", 2 * options.layers, x, random(k_size, hidden))
+    listed = plain("queries, keys, values", options.layers - 1, x, random(q_size + 2 * k_size, hidden))
+    listed += plain("last keys, values", 2, x, random(k_size, hidden))
+    listed += plain("last queries", 1, x[: options.scored], random(q_size, hidden))
     attended, output = random(options.tokens, q_size), random(hidden, q_size)
     listed += plain("attention's output", calls, attended, output)
     if kernels is not None:

@@ -270,9 +270,11 @@ def run_side(
                 if side != "trl" and not isinstance(error, torch.OutOfMemoryError):
                     raise
                 print(f"{case.name}: {micro} at once: {str(error)[:100]}", file=sys.stderr, flush=True)
-                trainer.model.zero_grad()
-                torch.cuda.empty_cache()
                 micro = micro // 2 if side == "trl" else 0
+            # (Behind the handler: the error held what the batch had taken.)
+            trainer.model.zero_grad()
+            if cuda:
+                torch.cuda.empty_cache()
         if not micro:
             results.append(result | {"left_out": "out of memory"})
         else:
@@ -473,6 +475,16 @@ def show_profile(result: dict[str, Any], count: int = 16) -> None:
         )
 
 
+def kernels_of(measured: dict[str, list[dict[str, Any]]], count: int = 30) -> list[dict[str, Any]]:
+    """The kernels that take longest in each case that was profiled, of the last round."""
+    last = {(result["name"], side): result for side, results in measured.items() for result in results}
+    return [
+        {"case": name, "side": side} | kernel
+        for (name, side), result in last.items()
+        for kernel in result.get("kernels", [])[:count]
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "qwen3-1.7b", "qwen3-0.6b", "tiny"), help="default by device")
@@ -511,12 +523,15 @@ def main() -> None:
     card = torch.cuda.get_device_name() if cuda else ""
     peak = next((rate for name, rate in PEAK.items() if name in card), None)
     print(f"{options.model}; {versions()}")
-    rows = summarise(measure(options), peak)
+    measured = measure(options)
+    rows = summarise(measured, peak)
     if options.out:
         suites = "_".join(options.suites or ["pairs"])
         machine = card.split()[1].lower() if card else "cpu"
         head = f"{options.model}; {versions()}{library_versions()}"
         write(rows, options.out / f"step_{suites}_{machine}.csv", head)
+        if kernels := kernels_of(measured):
+            write(kernels, options.out / f"step_{suites}_kernels_{machine}.csv", head)
         rates = [(row["case"], row["side"], row["pairs_per_s"]) for row in rows if "pairs_per_s" in row]
         # Cases differ by orders of magnitude: each side's rate over that of the slowest one.
         slowest = {case: min(rate for other, _, rate in rates if other == case) for case, *_ in rates}

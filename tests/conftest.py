@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny tokenizer made here, tiny models, and no network."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -57,6 +58,13 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_kept():
+    """What has been imported is left out of collections: accelerate asks for one whenever a run begins."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -218,7 +218,9 @@ def test_flex_makes_masks_of_known_rules_once():
 def test_what_flash_reads_of_the_row(name):
     row = random_row(4, stretch=3)
     sizes = ((128, 64), (64, 16))
-    nodes, *lists = flash._tables(row, RULES[name], sizes)
+    tables = flash._tables(row, RULES[name], sizes, torch.Size((1, 3)))
+    nodes, *lists = tables
+    assert all(each.shape[:2] == (1, 3) and torch.equal(each[0, 0], each[0, 2]) for each in lists)
     assert nodes.dtype == torch.int32
     assert nodes.is_contiguous()
     # Tiles reach behind the row's end.
@@ -240,7 +242,7 @@ def test_what_flash_reads_of_the_row(name):
         full = [i for i, cell in enumerate(cells) if cell.numel() == 64 * 16 and cell.all()]
         assert full_indices[j][: full_counts[j]] == full
         assert indices[j][: counts[j]] == [i for i, cell in enumerate(cells) if cell.any() and i not in full]
-    assert flash._tables(row, RULES[name], sizes)[0] is nodes
+    assert flash._tables(row, RULES[name], sizes, torch.Size((1, 3))) is tables
 
 
 # What FlashAttention-4 on a Hopper GPU takes.

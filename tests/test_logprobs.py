@@ -89,10 +89,14 @@ def test_head_never_sees_more_than_a_chunk(llama, monkeypatch):
     sizes = []
     hook = llama.lm_head.register_forward_hook(lambda module, args, output: sizes.append(args[0].shape[1]))
     row = rows_of(random_sequences(torch.Generator().manual_seed(8), VOCABULARY))
-    preftree.sequence_logps(llama, row)
+    out = preftree.sequence_logps(llama, row)
+    scored = row.scored_nodes.unique().numel()
+    assert (sizes[0], max(sizes[1:]), sum(sizes)) == (5, 3, scored)
+    # Only what was not kept is computed again.
+    out.logps.sum().backward()
     hook.remove()
-    assert max(sizes) <= 5
-    assert sum(sizes) == row.scored_nodes.unique().numel()
+    assert sum(sizes) == 2 * scored - 5
+    assert max(sizes[1:]) == 3
 
 
 def test_first_response_token_is_scored_from_the_last_shared_token(llama):

@@ -145,26 +145,50 @@ def test_draw_as_picture(tmp_path):
     assert path == str(tmp_path / "row.png")
 
 
-def test_static_lengths_are_few_and_close():
-    lengths = {static_length(tokens) for tokens in range(1, 65537, 7)}
-    assert len(lengths) < 40
-    assert all(static_length(tokens) >= tokens for tokens in range(1, 5000))
-    assert all(static_length(tokens) <= max(tokens * 1.26, 128) + 128 for tokens in range(1, 20000, 13))
+@pytest.mark.parametrize(("lengths", "most", "padding"), [(4, 40, 0.26), (32, 240, 0.04)])
+def test_static_lengths_are_few_and_close(lengths, most, padding):
+    found = {static_length(tokens, lengths) for tokens in range(1, 65537, 7)}
+    assert len(found) < most
+    assert all(static_length(tokens, lengths) == tokens for tokens in found)
+    assert all(length % 128 == 0 for length in found)
+    for tokens in range(1, 20000, 13):
+        assert tokens <= static_length(tokens, lengths) <= max(tokens * (1 + padding), 128) + 128
 
 
-def test_last_row_is_no_longer_than_it_must_be():
+def of_sizes(*sizes):
+    return [preftree.TokenTree.from_sequences([[1] * size], [0]) for size in sizes]
+
+
+@pytest.mark.parametrize("lengths", [4, 32])
+def test_rows_are_no_longer_than_their_number_allows(lengths):
     generator = torch.Generator().manual_seed(3)
     for _ in range(20):
-        sizes = torch.randint(1, 900, (12,), generator=generator).tolist()
-        trees = [preftree.TokenTree.from_sequences([[1] * size], [0]) for size in sizes]
-        plain, short = (preftree.pack(trees, 2048, shorten_last=last) for last in (False, True))
-        assert {len(row) for row in plain} == {2048}
-        assert [len(row) for row in short[:-1]] == [2048] * (len(plain) - 1)
-        assert len(short[-1]) == min(static_length(short[-1].num_tokens), 2048)
-        for one, other in zip(plain, short, strict=True):
-            assert torch.equal(one.sequence_ids, other.sequence_ids)
-            assert torch.equal(one.input_ids[: one.num_tokens], other.input_ids[: one.num_tokens])
-    assert len(preftree.pack(trees[:1], 50 + sizes[0], shorten_last=True)[0]) <= 50 + sizes[0]
+        sizes = torch.randint(1, 900, (25,), generator=generator).tolist()
+        trees = of_sizes(*sizes)
+        plain, short = preftree.pack(trees, 4000), preftree.pack(trees, 4000, lengths=lengths)
+        assert {len(row) for row in plain} == {4000}
+        assert len(short) == len(plain)
+        assert sorted(torch.cat([row.sequence_ids for row in short]).tolist()) == list(range(25))
+        *others, last = (len(row) for row in short)
+        assert len(set(others)) == 1
+        assert last == min(static_length(short[-1].num_tokens, lengths), others[0])
+        assert short[-1].num_tokens == min(row.num_tokens for row in short)
+        # In the next shorter ones they would be one more.
+        shorter = max(
+            static_length(n, lengths) for n in range(128, others[0], 128) if static_length(n, lengths) < others[0]
+        )
+        assert shorter < max(sizes) or len(preftree.pack(trees, shorter)) > len(short)
+
+
+def test_a_length_that_is_given_is_never_exceeded():
+    assert [len(row) for row in preftree.pack(of_sizes(700, 700, 70), 777, lengths=4)] == [777, 768]
+    assert [len(row) for row in preftree.pack(of_sizes(700), 777, lengths=4)] == [768]
+
+
+def test_no_short_row_is_left_over():
+    trees = of_sizes(*[512] * 9)
+    assert [len(row) for row in preftree.pack(trees, 4096)] == [4096, 4096]
+    assert [len(row) for row in preftree.pack(trees, 4096, lengths=4)] == [2560, 2048]
 
 
 def test_empty_row_holds_nothing():

@@ -176,15 +176,21 @@ def test_each_run_of_linears_lies_together():
     assert storages[4] == storages[5]
 
 
-@pytest.mark.parametrize("case", ["apart", "other way round", "with a gap", "transposed", "the last apart"])
+@pytest.mark.parametrize(
+    "case", ["apart", "other way round", "with a gap", "transposed", "the last apart", "others behind"]
+)
 def test_weights_that_lie_apart_are_put_together(case):
     memory = torch.randn(40, 6)
+    bytes_of = memory.numpy().tobytes()
+    # Tensors of their own whose memory lies behind each other all the same.
+    others = (torch.frombuffer(bytes_of, dtype=torch.float32, count=48, offset=192 * i).view(8, 6) for i in range(2))
     weights = {
         "apart": (torch.randn(8, 6), torch.randn(8, 6)),
         "other way round": (memory[8:16], memory[:8]),
         "with a gap": (memory[:8], memory[9:17]),
         "transposed": (memory.flatten()[:48].view(6, 8).T, memory.flatten()[48:96].view(6, 8).T),
         "the last apart": (memory[:8], memory[8:16], torch.randn(3, 6)),
+        "others behind": tuple(others),
     }[case]
     assert torch.equal(products._as_one(*weights), torch.cat(weights))
 

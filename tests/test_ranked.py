@@ -12,7 +12,7 @@ from families import EXACT, build
 from oracle import stock_logps
 from preference_data import dataset, sentence, text_pairs
 from transformers import AutoModelForCausalLM
-from trl_runs import construct, differences, train
+from trl_runs import construct, differences, end_by_trl, train
 
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.groups import Layout
@@ -64,10 +64,8 @@ def assert_as_listed(
         "preftree", model, dataset(examples), own=own, method=method,
         **(settings | {"per_device_train_batch_size": prompts, "train_sampling_strategy": "sequential"}),
     )  # fmt: skip
-    theirs = train(
-        "trl", model, dataset(listed(examples)), method=method,
-        **(settings | {"per_device_train_batch_size": pairs, "train_sampling_strategy": "sequential"}),
-    )  # fmt: skip
+    alike = settings | {"per_device_train_batch_size": pairs, "train_sampling_strategy": "sequential"}
+    theirs = end_by_trl(model, listed(examples), method, **alike)
     metrics, parameters = differences(theirs, ours, except_for)
     assert metrics <= tolerance
     assert parameters <= 1e-5

@@ -10,6 +10,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 import trl
+from preference_data import dataset
 
 import preftree
 
@@ -69,6 +70,18 @@ def end_of(trainer) -> dict:
     """What a run leaves behind: its log, and its weights by name."""
     weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
     return {"history": trainer.state.log_history, "weights": weights}
+
+
+_last: dict[str, dict] = {}
+
+
+def end_by_trl(model: str, data: list[dict], method: str = "DPO", **settings) -> dict:
+    """What TRL's run leaves behind; tests that follow each other and want the same run share it."""
+    key = repr((model, data, method, settings))
+    if key not in _last:
+        _last.clear()
+        _last[key] = end_of(train("trl", model, dataset(data), method=method, **settings))
+    return _last[key]
 
 
 def differences(one, other, except_for: tuple[str, ...] = ()) -> tuple[float, float]:

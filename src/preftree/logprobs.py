@@ -8,6 +8,7 @@ in each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from preftree.models import PreparedModel, ready_to_run
 from preftree.packing import PackedRow
 from preftree.token_scores import token_scores
 
-# Logits of one chunk hold at most this many numbers (256 MiB in float32), on a GPU eight times as many: each chunk adds its
-# gradient to the whole head's.
+# Logits of one chunk hold at most this many numbers (256 MiB in float32); on a GPU they take at most this share of its
+# memory. Few chunks are better than many: each adds its gradient to the whole head's.
 LOGITS_PER_CHUNK = 1 << 26
-_MORE_ON_A_GPU = 8
+_SHARE_OF_A_GPU = 1 / 32
 
 
 @dataclass
@@ -137,17 +138,26 @@ def sum_by_sequence(values: torch.Tensor, lengths: torch.Tensor, longest: int | 
 def _score_nodes(
     prepared: PreparedModel, hidden_NH: torch.Tensor, targets_N: torch.Tensor, statistics: bool
 ) -> dict[str, torch.Tensor]:
-    most = LOGITS_PER_CHUNK * (_MORE_ON_A_GPU if hidden_NH.is_cuda else 1)
-    size = max(1, most // prepared.vocabulary_size)
+    size = _chunk_size(hidden_NH, prepared.vocabulary_size)
 
     def score(hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         return token_scores(prepared.logits(hidden), targets, statistics)
 
     if len(targets_N) <= size:
         return score(hidden_NH, targets_N)
-    # Logits are not kept for the backward pass: they are computed there again, chunk by chunk.
-    chunks = [
-        checkpoint(score, hidden, targets, use_reentrant=False) if torch.is_grad_enabled() else score(hidden, targets)
-        for hidden, targets in zip(hidden_NH.split(size), targets_N.split(size), strict=True)
-    ]
+    # Logits of a first chunk are kept for the backward pass. The others' are computed there again, in halves: these and
+    # their gradient take as much as the kept ones' gradient will.
+    half = -(-size // 2)
+    rest = zip(hidden_NH[size:].split(half), targets_N[size:].split(half), strict=True)
+    again = partial(checkpoint, score, use_reentrant=False) if torch.is_grad_enabled() else score
+    chunks = [score(hidden_NH[:size], targets_N[:size]), *(again(*part) for part in rest)]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _chunk_size(hidden_NH: torch.Tensor, vocabulary_size: int) -> int:
+    """Tokens of a chunk."""
+    numbers = LOGITS_PER_CHUNK
+    if hidden_NH.is_cuda:
+        memory = torch.cuda.get_device_properties(hidden_NH.device).total_memory
+        numbers = int(_SHARE_OF_A_GPU * memory) // hidden_NH.element_size()
+    return max(1, numbers // vocabulary_size)

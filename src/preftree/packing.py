@@ -13,6 +13,11 @@ import torch
 from preftree.transfer import is_on, send
 from preftree.tree import TokenTree
 
+# Lengths that rows have to a doubling: few where a kernel is compiled for each, which leaves a tenth of padding on average;
+# many leave a hundredth.
+FEW_LENGTHS = 4
+MANY_LENGTHS = 32
+
 
 @dataclass
 class PackedRow:
@@ -143,7 +148,7 @@ class PackedRow:
 
 
 def pack(
-    trees: Sequence[TokenTree], row_length: int | None = None, pad_token_id: int = 0, shorten_last: bool = False
+    trees: Sequence[TokenTree], row_length: int | None = None, pad_token_id: int = 0, lengths: int | None = None
 ) -> list[PackedRow]:
     """Pack trees into rows of one fixed length by best-fit-decreasing. A tree is never split.
 
@@ -151,7 +156,8 @@ def pack(
         trees: the trees; their sequences are numbered over all of them, in order.
         row_length: ``S`` of every row; None packs everything into one row without padding.
         pad_token_id: token of the padding at the end of a row.
-        shorten_last: lay the last row out in the shortest `static_length` that holds it, if that is less.
+        lengths: None gives every row that length. Otherwise rows are no longer than their number allows, in `static_length`s
+            of so many to a doubling: about equal, so that no short one is left over, which a GPU would idle for.
 
     Returns:
         The rows, those that hold the earliest trees first, but the emptiest one last; inside a row trees keep their
@@ -177,9 +183,25 @@ def pack(
     for tree in trees:
         first_sequence.append(first_sequence[-1] + tree.num_sequences)
 
+    contents = _fill(sizes, row_length)
+    if lengths is not None and len(contents) > 1:
+        row_length, contents = _shortest(sizes, row_length, contents, lengths)
+    rows = sorted(sorted(content) for content in contents)
+    rows.append(rows.pop(min(range(len(rows)), key=lambda row: sum(sizes[tree] for tree in rows[row]))))
+    row_lengths = [row_length] * len(rows)
+    if lengths is not None:
+        row_lengths[-1] = min(static_length(sum(sizes[tree] for tree in rows[-1]), lengths), row_length)
+    return [
+        _lay_out([trees[i] for i in content], [first_sequence[i] for i in content], length, pad_token_id)
+        for content, length in zip(rows, row_lengths, strict=True)
+    ]
+
+
+def _fill(sizes: list[int], row_length: int) -> list[list[int]]:
+    """What each row holds, by best-fit-decreasing."""
     contents: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for index in sorted(range(len(trees)), key=lambda i: -sizes[i]):
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         slot = bisect_left(free, (sizes[index], -1))
         if slot == len(free):
             contents.append([index])
@@ -189,24 +211,36 @@ def pack(
             contents[row].append(index)
             left -= sizes[index]
         insort(free, (left, row))
-    rows = sorted(sorted(content) for content in contents)
-    rows.append(rows.pop(min(range(len(rows)), key=lambda row: sum(sizes[tree] for tree in rows[row]))))
-    lengths = [row_length] * len(rows)
-    if shorten_last:
-        lengths[-1] = min(static_length(sum(sizes[tree] for tree in rows[-1])), row_length)
-    return [
-        _lay_out([trees[i] for i in content], [first_sequence[i] for i in content], length, pad_token_id)
-        for content, length in zip(rows, lengths, strict=True)
-    ]
+    return contents
 
 
-def static_length(tokens: int, block: int = 128) -> int:
+def _shortest(
+    sizes: list[int], row_length: int, contents: list[list[int]], lengths: int
+) -> tuple[int, list[list[int]]]:
+    """A row length that takes no more rows than the given one, as short as bisection finds it, and what rows hold then."""
+    candidates = [static_length(max(max(sizes), -(-sum(sizes) // len(contents))), lengths)]
+    while candidates[-1] < row_length:
+        candidates.append(static_length(candidates[-1] + 1, lengths))
+    candidates[-1] = row_length
+    first, last = 0, len(candidates) - 1
+    while first < last:
+        middle = (first + last) // 2
+        found = _fill(sizes, candidates[middle])
+        if len(found) <= len(contents):
+            last, contents = middle, found
+        else:
+            first = middle + 1
+    return candidates[last], contents
+
+
+def static_length(tokens: int, lengths: int = FEW_LENGTHS, block: int = 128) -> int:
     """The shortest of a few fixed row lengths that holds ``tokens``: kernels compiled for one are used again.
 
-    Lengths are ``block`` times 1 to 8, 10, 12, 14, 16, 20, 24, ...: four to each doubling, a tenth of padding on average.
+    Lengths are ``block`` times 1, 2, 3, ... up to twice ``lengths`` (a power of two), and from there on ``lengths`` of them to
+    each doubling.
     """
     blocks = max(-(-tokens // block), 1)
-    step = 1 << max(blocks.bit_length() - 3, 0)
+    step = 1 << max(blocks.bit_length() - lengths.bit_length(), 0)
     return -(-blocks // step) * step * block
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from preftree.attention import BACKENDS, Layer, choose_backend, cost
 from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
-from preftree.packing import PackedRow, pack, static_length
+from preftree.packing import MANY_LENGTHS, PackedRow, pack, static_length
 from preftree.tree import TokenTree
 
 
@@ -99,7 +99,7 @@ def make_plan(
     suggested = row_length is None
     if row_length is None:
         row_length = _suggest(batches)
-    packed = [pack(batch, row_length, shorten_last=True) for batch in batches]
+    packed = [pack(batch, row_length, lengths=MANY_LENGTHS) for batch in batches]
     rows = sum(len(batch) for batch in packed)
     # Responses as often as they stand in a pair: that is what pairs listed one by one compute.
     padded = [
@@ -208,7 +208,7 @@ def _suggest(batches: Sequence[Sequence[TokenTree]], most: int = 65536) -> int:
     sample = batches[:: max(len(batches) // 32, 1)]
 
     def tokens(length: int) -> int:
-        return sum(len(row) for batch in sample for row in pack(batch, length, shorten_last=True))
+        return sum(len(row) for batch in sample for row in pack(batch, length, lengths=MANY_LENGTHS))
 
     return min(candidates, key=lambda length: (tokens(length), length))
 

@@ -42,15 +42,18 @@ def block_sizes(size: int, value_size: int) -> tuple[tuple[int, int], tuple[int,
     return (128, 80), (64, 64)
 
 
-def _tables(row: PackedRow, rule: Rule, sizes: tuple[tuple[int, int], tuple[int, int]]) -> list[torch.Tensor]:
-    """What the kernels need to know of the row.
+def _tables(
+    row: PackedRow, rule: Rule, sizes: tuple[tuple[int, int], tuple[int, int]], heads: torch.Size
+) -> list[torch.Tensor]:
+    """What the kernels need to know of the row, for batch and heads: in each layer the library would expand it to them.
 
     `blocks.nodes_of`; the `BlockLists` of query blocks, for the forward pass, and of key blocks, for the backward pass.
     """
-    key = ("flash", rule.key, sizes)
+    key = ("flash", rule.key, sizes, heads)
     if key not in row.derived:
-        nodes, (forward, backward) = nodes_of(row, rule), sizes
-        row.derived[key] = [nodes, *key_lists(row, rule, *forward), *query_lists(row, rule, *backward)]
+        forward, backward = sizes
+        lists = *key_lists(row, rule, *forward), *query_lists(row, rule, *backward)
+        row.derived[key] = [nodes_of(row, rule), *(each.expand(*heads, *each.shape[2:]) for each in lists)]
     return row.derived[key]
 
 
@@ -64,31 +67,35 @@ class _OnRow:
 
     def __init__(self, row: PackedRow, rule: Rule):
         self.row, self.rule = row, rule
-        self.tables: dict[tuple, list[torch.Tensor]] = {}
-
-    def _options(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores) -> tuple:
-        sizes = block_sizes(q_BHSD.shape[-1], v_BGSE.shape[-1])
-        tables = self._tables(sizes, q_BHSD.shape[:2])
-        return tables, [*sizes[0], *sizes[1]], not self.rule.causal, scores.scale, scores.softcap or 0.0
-
-    def _tables(self, sizes: tuple[tuple[int, int], tuple[int, int]], heads: torch.Size) -> list[torch.Tensor]:
-        """`_tables` for batch and heads, which the library would expand them to in every layer."""
-        if (sizes, heads) not in self.tables:
-            nodes, *lists = _tables(self.row, self.rule, sizes)
-            self.tables[sizes, heads] = [nodes, *(each.expand(*heads, *each.shape[2:]) for each in lists)]
-        return self.tables[sizes, heads]
 
     def __call__(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
-        out_BHSE, _ = _forward(q_BHSD, k_BGSD, v_BGSE, scores.sinks, *self._options(q_BHSD, v_BGSE, scores))
+        sizes = block_sizes(q_BHSD.shape[-1], v_BGSE.shape[-1])
+        tables = _tables(self.row, self.rule, sizes, q_BHSD.shape[:2])
+        options = tables, [*sizes[0], *sizes[1]], not self.rule.causal, scores.scale, scores.softcap or 0.0
+        out_BHSE, _ = _forward(q_BHSD, k_BGSD, v_BGSE, scores.sinks, *options)
         return out_BHSE
 
     def forward(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-        return _run_forward(q_BHSD, k_BGSD, v_BGSE, scores.sinks, *self._options(q_BHSD, v_BGSE, scores))
+        masks, tensors = self._masks(q_BHSD, v_BGSE), (q_BHSD, k_BGSD, v_BGSE, scores.sinks)
+        return _run_forward(*tensors, masks[0], scores.scale, scores.softcap or 0.0)
 
     def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> Gradients:
-        tensors = (grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores.sinks)
-        dq, dk, dv, dsinks = _run_backward(*tensors, *self._options(q_BHSD, v_BGSE, scores))
+        masks, tensors = self._masks(q_BHSD, v_BGSE), (grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS)
+        dq, dk, dv, dsinks = _run_backward(*tensors, scores.sinks, masks[1], scores.scale, scores.softcap or 0.0)
         return dq, dk, dv, None if scores.sinks is None else dsinks, None
+
+    def _masks(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor) -> list[dict]:
+        """`_mask` of the forward and of the backward pass, made once for layers of these shapes."""
+        shape = (q_BHSD.shape[:2], q_BHSD.shape[-1], v_BGSE.shape[-1])
+        key = ("flash masks", self.rule.key, shape)
+        if key not in self.row.derived:
+            sizes = block_sizes(*shape[1:])
+            nodes, *lists = _tables(self.row, self.rule, sizes, shape[0])
+            self.row.derived[key] = [
+                _mask(nodes, part, list(size), not self.rule.causal)
+                for part, size in zip((lists[:4], lists[4:]), sizes, strict=True)
+            ]
+        return self.row.derived[key]
 
 
 def _mask(nodes: torch.Tensor, lists: list[torch.Tensor], sizes: list[int], from_lowest: bool) -> dict:
@@ -121,9 +128,7 @@ def _run_forward(
     k_BGSD: torch.Tensor,
     v_BGSE: torch.Tensor,
     sinks: torch.Tensor | None,
-    tables: list[torch.Tensor],
-    sizes: list[int],
-    from_lowest: bool,
+    mask: dict,
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,12 +142,25 @@ def _run_forward(
         pack_gqa=False,
         return_lse=True,
         **fa4.capping(softcap),
-        **_mask(tables[0], tables[1:5], sizes[:2], from_lowest),
+        **mask,
     )
     return out_BSHE.transpose(1, 2), lse_BHS
 
 
-_forward = torch.library.custom_op("preftree::flash_forward", _run_forward, mutates_args=())
+@torch.library.custom_op("preftree::flash_forward", mutates_args=())
+def _forward(
+    q_BHSD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSE: torch.Tensor,
+    sinks: torch.Tensor | None,
+    tables: list[torch.Tensor],
+    sizes: list[int],
+    from_lowest: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = _mask(tables[0], tables[1:5], sizes[:2], from_lowest)
+    return _run_forward(q_BHSD, k_BGSD, v_BGSE, sinks, mask, scale, softcap)
 
 
 @_forward.register_fake
@@ -160,9 +178,7 @@ def _run_backward(
     out_BHSE: torch.Tensor,
     lse_BHS: torch.Tensor,
     sinks: torch.Tensor | None,
-    tables: list[torch.Tensor],
-    sizes: list[int],
-    from_lowest: bool,
+    mask: dict,
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -178,13 +194,29 @@ def _run_backward(
             softmax_scale=scale,
             learnable_sink=sinks,
             **fa4.capping(softcap, backward=True),
-            **_mask(tables[0], tables[5:], sizes[2:], from_lowest),
+            **mask,
         )
     gradient = dsinks[0] if sinks is not None else q_BHSD.new_empty(0)
     return dq_BSHD.transpose(1, 2), dk_BSGD.transpose(1, 2), dv_BSGE.transpose(1, 2), gradient
 
 
-_backward = torch.library.custom_op("preftree::flash_backward", _run_backward, mutates_args=())
+@torch.library.custom_op("preftree::flash_backward", mutates_args=())
+def _backward(
+    grad_BHSE: torch.Tensor,
+    q_BHSD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSE: torch.Tensor,
+    out_BHSE: torch.Tensor,
+    lse_BHS: torch.Tensor,
+    sinks: torch.Tensor | None,
+    tables: list[torch.Tensor],
+    sizes: list[int],
+    from_lowest: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    tensors = (grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, sinks)
+    return _run_backward(*tensors, _mask(tables[0], tables[5:], sizes[2:], from_lowest), scale, softcap)
 
 
 @_backward.register_fake

@@ -301,6 +301,7 @@ def _fuse_heads(graph: Graph, attention: Any) -> None:
     rotated = torch.ops.preftree.rms_norm_rotated.default
     if _name(v) != "transpose" or v.args[1:] != (1, 2) or any(node.target is not rotated for node in (q, k)):
         return
+    # (Others may read them before attention does, where the product will stand.)
     if q.args[2:] != k.args[2:] or any(len(node.users) != 1 for node in (q, k, v)):
         return
     found = [_projected(node.args[0]) for node in (q, k, v)]

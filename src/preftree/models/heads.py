@@ -10,15 +10,10 @@ import torch
 
 from preftree.kernels import kernels_of
 from preftree.models import products, rms_norm
-
-_library = torch.library.Library("preftree", "FRAGMENT")
-_library.define(
-    "normed_heads(Tensor x, Tensor query, Tensor key, Tensor value, Tensor query_scale, Tensor key_scale, float eps, "
-    "ScalarType inner, Tensor cos, Tensor sin, int value_size) -> (Tensor, Tensor, Tensor)",
-)
+from preftree.models.custom_ops import composite, fake, opaque
 
 
-@products.operator(
+@opaque(
     "normed_heads_gradients(Tensor dq, Tensor dk, Tensor dv, Tensor projected, Tensor query_scale, Tensor key_scale, "
     "float eps, ScalarType inner, Tensor cos, Tensor sin, bool wants_scales) -> (Tensor, Tensor)"
 )
@@ -28,7 +23,7 @@ def _gradients(dq_BHSD, dk_BGSD, dv_BGSE, projected_BSE, *given):
     return compute(*(grad.transpose(1, 2) for grad in (dq_BHSD, dk_BGSD, dv_BGSE)), projected_BSE, *given)
 
 
-@torch.library.register_fake("preftree::normed_heads_gradients", lib=_library)
+@fake(_gradients)
 def _(dq, dk, dv, projected_BSE, q_scale_D, k_scale_D, eps, inner, cos, sin, wants_scales):
     dscales_2D = q_scale_D.new_empty((2, len(q_scale_D) if wants_scales else 0))
     return torch.empty_like(projected_BSE, memory_format=torch.contiguous_format), dscales_2D
@@ -98,7 +93,10 @@ class _NormedHeads(torch.autograd.Function):
         return dx_BSD, *dweights, *(dscales_2D if wants_scales else (None, None)), None, None, None, None, None
 
 
-@torch.library.impl(_library, "normed_heads", "CompositeImplicitAutograd")
+@composite(
+    "normed_heads(Tensor x, Tensor query, Tensor key, Tensor value, Tensor query_scale, Tensor key_scale, float eps, "
+    "ScalarType inner, Tensor cos, Tensor sin, int value_size) -> (Tensor, Tensor, Tensor)"
+)
 def normed_heads(
     x_BSD: torch.Tensor,
     query: torch.Tensor,

@@ -243,7 +243,7 @@ def _tree_attention(eager: bool):
         if torch.compiler.is_compiling() and attention_mask.handle is not None:
             query, key, value = as_autocast(query, key, value)
             handle = attention_mask.handle
-            out_BHNE, _ = operator.row_attention(query, key, value, s_aux, position_bias, handle, scale, softcap, name)
+            out_BHNE = operator.row_attention(query, key, value, s_aux, position_bias, handle, scale, softcap, name)
         else:
             attend = _attend_outside if torch.compiler.is_compiling() else RowMask.__call__
             scores = Scores(scale, softcap, s_aux, position_bias)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from preftree.attention import Scores
 from preftree.attention.passes import Gradients
+from preftree.models.custom_ops import composite, fake, opaque
 
 
 class Mask(Protocol):
@@ -53,45 +54,29 @@ def _find(handle: torch.Tensor) -> Mask:
     return mask
 
 
-@torch.library.custom_op("preftree::row_attention", mutates_args=())
-def row_attention(
-    q_BHND: torch.Tensor,
-    k_BGSD: torch.Tensor,
-    v_BGSE: torch.Tensor,
-    sinks: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    handle: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    layer: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@opaque(
+    "row_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor handle, float scale, "
+    "float? softcap, str layer) -> (Tensor, Tensor)"
+)
+def _forward(q_BHND, k_BGSD, v_BGSE, sinks, bias, handle, scale, softcap, layer):
     """Output ``[B, H, N, E]``, token by token in memory, and log-sum-exps ``[B, H, S]`` for the backward pass."""
     scores = Scores(scale, softcap, sinks, bias)
     out_BHNE, lse_BHS = _find(handle).forward(layer, q_BHND, k_BGSD, v_BGSE, scores)
     return _token_by_token(out_BHNE), lse_BHS
 
 
-@row_attention.register_fake
+@fake(_forward)
 def _(q_BHND, k_BGSD, v_BGSE, sinks, bias, handle, scale, softcap, layer):
     batch, heads, queries, _ = q_BHND.shape
     out_BNHE = q_BHND.new_empty((batch, queries, heads, v_BGSE.shape[-1]))
     return out_BNHE.transpose(1, 2), q_BHND.new_empty((batch, heads, k_BGSD.shape[2]), dtype=torch.float32)
 
 
-@torch.library.custom_op("preftree::row_attention_backward", mutates_args=())
-def _backward(
-    grad_BHNE: torch.Tensor,
-    q_BHND: torch.Tensor,
-    k_BGSD: torch.Tensor,
-    v_BGSE: torch.Tensor,
-    out_BHNE: torch.Tensor,
-    lse_BHS: torch.Tensor,
-    sinks: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    handle: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+@opaque(
+    "row_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sinks, Tensor? bias, "
+    "Tensor handle, float scale, float? softcap) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _backward(grad_BHNE, q_BHND, k_BGSD, v_BGSE, out_BHNE, lse_BHS, sinks, bias, handle, scale, softcap):
     """Gradients of queries, keys, values, sinks and bias; empty of what there is none."""
     scores = Scores(scale, softcap, sinks, bias)
     found = _find(handle).backward(grad_BHNE, q_BHND, k_BGSD, v_BGSE, out_BHNE, lse_BHS, scores)
@@ -103,7 +88,7 @@ def _backward(
     return _token_by_token(dq), _token_by_token(dk), _token_by_token(dv), dsinks.contiguous(), dbias.contiguous()
 
 
-@_backward.register_fake
+@fake(_backward)
 def _(grad_BHNE, q_BHND, k_BGSD, v_BGSE, out_BHNE, lse_BHS, sinks, bias, handle, scale, softcap):
     by_token = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHND, k_BGSD, v_BGSE)]
     return *by_token, *(q_BHND.new_empty(0) if x is None else x.new_empty(x.shape) for x in (sinks, bias))
@@ -115,23 +100,50 @@ def _token_by_token(x_BHSD: torch.Tensor) -> torch.Tensor:
     return x_BHSD if x_BSHD.is_contiguous() else x_BSHD.contiguous().transpose(1, 2)
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.softcap, _ = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+class _RowAttention(torch.autograd.Function):
+    """See `row_attention`."""
+
+    @staticmethod
+    def forward(ctx, q_BHND, k_BGSD, v_BGSE, sinks, bias, handle, scale, softcap, layer):
+        out_BHNE, lse_BHS = _forward(q_BHND, k_BGSD, v_BGSE, sinks, bias, handle, scale, softcap, layer)
+        ctx.save_for_backward(q_BHND, k_BGSD, v_BGSE, out_BHNE, lse_BHS, sinks, bias, handle)
+        ctx.scale, ctx.softcap = scale, softcap
+        return out_BHNE
+
+    @staticmethod
+    def backward(ctx, grad_BHNE):
+        saved = ctx.saved_tensors  # once: under activation checkpointing the first look computes them again
+        dq, dk, dv, dsinks, dbias = _backward(grad_BHNE, *saved, ctx.scale, ctx.softcap)
+        *_, sinks, bias, _ = saved
+        return dq, dk, dv, None if sinks is None else dsinks, None if bias is None else dbias, None, None, None, None
 
 
-def _differentiate(ctx, grad_BHNE, _):
-    # The log-sum-exps are for the backward pass alone: nobody gets them, so they have no gradient.
-    saved = ctx.saved_tensors  # once: under activation checkpointing the first look computes them again
-    dq, dk, dv, dsinks, dbias = _backward(grad_BHNE, *saved, ctx.scale, ctx.softcap)
-    *_, sinks, bias, _ = saved
-    return dq, dk, dv, None if sinks is None else dsinks, None if bias is None else dbias, None, None, None, None
+@composite(
+    "row_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor handle, float scale, float? softcap, "
+    "str layer) -> Tensor"
+)
+def row_attention(
+    q_BHND: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSE: torch.Tensor,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    layer: str,
+) -> torch.Tensor:
+    """Attention output ``[B, H, N, E]``, token by token in memory.
+
+    Args:
+        handle: the mask's number, see `register`.
+        scale, softcap, sinks, bias: see `Scores`.
+        layer: its name, for errors.
+    """
+    return _RowAttention.apply(q_BHND, k_BGSD, v_BGSE, sinks, bias, handle, scale, softcap, layer)
 
 
-row_attention.register_autograd(_differentiate, setup_context=_save)
-
-
-@register_flop_formula(torch.ops.preftree.row_attention)
+@register_flop_formula(torch.ops.preftree.row_attention_forward)
 def _(q_shape, k_shape, v_shape, *_, **__):
     """As if each token saw all before it: what recomputing it would take (see `activation_memory_budget`)."""
     batch, heads, queries, size = q_shape

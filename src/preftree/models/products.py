@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -22,11 +21,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from preftree.kernels import kernels_of
 from preftree.models import products_formulas
+from preftree.models.custom_ops import composite, fake, opaque
 
 # By their names as gated units.
 ACTIVATIONS = ("swiglu", "geglu")
 _KERNELS = "preftree.models.products_quack"
-_library = torch.library.Library("preftree", "FRAGMENT")
 
 
 def serves(*operands: torch.Tensor) -> bool:
@@ -135,88 +134,75 @@ def _by(x: torch.Tensor) -> Any:
     return (kernels_of(_KERNELS) if x.is_cuda else None) or products_formulas
 
 
-def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """An operator that compilers do not look into, called with less ado than `torch.library.custom_op` makes."""
-    name = schema.partition("(")[0]
-    _library.define(schema)
-
-    def register(function: Callable[..., Any]) -> Any:
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, function, device)
-        return getattr(torch.ops.preftree, name).default
-
-    return register
-
-
-@operator("gated_up(Tensor x, Tensor gate, Tensor up, str activation, bool keeps) -> (Tensor, Tensor)")
+@opaque("gated_up(Tensor x, Tensor gate, Tensor up, str activation, bool keeps) -> (Tensor, Tensor)")
 def _up(x_ND, gate_FD, up_FD, activation, keeps):
     return _by(x_ND).up(x_ND.contiguous(), _as_one(gate_FD, up_FD), activation, keeps)
 
 
-@torch.library.register_fake("preftree::gated_up", lib=_library)
+@fake(_up)
 def _(x_ND, gate_FD, up_FD, activation, keeps):
     shape = (x_ND.shape[0], gate_FD.shape[0])
     return x_ND.new_empty(shape), x_ND.new_empty((shape[0], 2 * shape[1]) if keeps else 0)
 
 
-@operator("gated_up_backward(Tensor grad, Tensor down, Tensor both, str activation) -> (Tensor, Tensor)")
+@opaque("gated_up_backward(Tensor grad, Tensor down, Tensor both, str activation) -> (Tensor, Tensor)")
 def _up_backward(grad_ND, down_DF, both_NF2, activation):
     return _by(grad_ND).up_backward(grad_ND.contiguous(), down_DF.contiguous(), both_NF2, activation)
 
 
-@torch.library.register_fake("preftree::gated_up_backward", lib=_library)
+@fake(_up_backward)
 def _(grad_ND, down_DF, both_NF2, activation):
     return torch.empty_like(both_NF2), grad_ND.new_empty((grad_ND.shape[0], down_DF.shape[1]))
 
 
-@operator("gated_input_gradient(Tensor grads, Tensor gate, Tensor up) -> Tensor")
+@opaque("gated_input_gradient(Tensor grads, Tensor gate, Tensor up) -> Tensor")
 def _input_gradient(grads_NF2, gate_FD, up_FD):
     return _by(grads_NF2).input_gradient(grads_NF2, _as_one(gate_FD, up_FD))
 
 
-@torch.library.register_fake("preftree::gated_input_gradient", lib=_library)
+@fake(_input_gradient)
 def _(grads_NF2, gate_FD, up_FD):
     return grads_NF2.new_empty((grads_NF2.shape[0], gate_FD.shape[1]))
 
 
-@operator("gated_weight_gradients(Tensor grads, Tensor x) -> Tensor")
+@opaque("gated_weight_gradients(Tensor grads, Tensor x) -> Tensor")
 def _weight_gradients(grads_NF2, x_ND):
     return _by(grads_NF2).weight_gradients(grads_NF2, x_ND.contiguous())
 
 
-@torch.library.register_fake("preftree::gated_weight_gradients", lib=_library)
+@fake(_weight_gradients)
 def _(grads_NF2, x_ND):
     return grads_NF2.new_empty((grads_NF2.shape[1], x_ND.shape[1]))
 
 
-@operator("product_onto(Tensor x, Tensor weight, Tensor residual) -> Tensor")
+@opaque("product_onto(Tensor x, Tensor weight, Tensor residual) -> Tensor")
 def _onto(x_ND, weight_ED, residual_NE):
     return _by(x_ND).onto(x_ND.contiguous(), weight_ED.contiguous(), residual_NE.contiguous())
 
 
-@torch.library.register_fake("preftree::product_onto", lib=_library)
+@fake(_onto)
 def _(x_ND, weight_ED, residual_NE):
     return x_ND.new_empty(residual_NE.shape)
 
 
-@operator("linears(Tensor x, Tensor[] weights) -> Tensor")
+@opaque("linears(Tensor x, Tensor[] weights) -> Tensor")
 def linears(x_ND, weights):
     """Products with several weights ``[E, D]`` behind each other: ``[N, sum of E]``."""
     return x_ND @ _as_one(*weights).T
 
 
-@torch.library.register_fake("preftree::linears", lib=_library)
+@fake(linears)
 def _(x_ND, weights):
     return x_ND.new_empty((x_ND.shape[0], sum(weight.shape[0] for weight in weights)))
 
 
-@operator("linears_input_gradient(Tensor grads, Tensor[] weights) -> Tensor")
+@opaque("linears_input_gradient(Tensor grads, Tensor[] weights) -> Tensor")
 def linears_input_gradient(grads_NE, weights):
     """Of the input of `linears`, ``[N, D]``."""
     return grads_NE @ _as_one(*weights)
 
 
-@torch.library.register_fake("preftree::linears_input_gradient", lib=_library)
+@fake(linears_input_gradient)
 def _(grads_NE, weights):
     return grads_NE.new_empty((grads_NE.shape[0], weights[0].shape[1]))
 
@@ -278,15 +264,11 @@ class _GatedMlp(torch.autograd.Function):
         return dx_ND, *halves, ddown_DF, grad_ND if wants_residual else None, None
 
 
-_library.define("linear_onto(Tensor x, Tensor weight, Tensor residual) -> Tensor")
-_library.define("gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? residual, str activation) -> Tensor")
-
-
 def _differentiated(*given: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
 
 
-@torch.library.impl(_library, "linear_onto", "CompositeImplicitAutograd")
+@composite("linear_onto(Tensor x, Tensor weight, Tensor residual) -> Tensor")
 def linear_onto(x: torch.Tensor, weight_ED: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """``residual + x weight^T``, rounded once.
 
@@ -300,7 +282,7 @@ def linear_onto(x: torch.Tensor, weight_ED: torch.Tensor, residual: torch.Tensor
     return run(*operands).view(residual.shape)
 
 
-@torch.library.impl(_library, "gated_mlp", "CompositeImplicitAutograd")
+@composite("gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? residual, str activation) -> Tensor")
 def gated_mlp(
     x: torch.Tensor,
     gate_FD: torch.Tensor,

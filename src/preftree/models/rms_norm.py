@@ -13,15 +13,7 @@ from collections.abc import Callable
 import torch
 
 from preftree.kernels import kernels_of
-
-_library = torch.library.Library("preftree", "FRAGMENT")
-_library.define(
-    "rms_norm(Tensor x, Tensor scale, float eps, ScalarType inner, ScalarType outer, int readers) -> (Tensor, Tensor[])",
-)
-_library.define(
-    "rms_norm_rotated(Tensor x, Tensor scale, float eps, ScalarType inner, ScalarType outer, Tensor cos, Tensor sin)"
-    " -> Tensor",
-)
+from preftree.models.custom_ops import composite
 
 # Gradients that the kernel adds up itself.
 MOST_READERS = 3
@@ -123,7 +115,9 @@ def gradients(
     return dx if beside is None else dx + beside, None if dscale_D is None else dscale_D.to(scale_D.dtype)
 
 
-@torch.library.impl(_library, "rms_norm", "CompositeImplicitAutograd")
+@composite(
+    "rms_norm(Tensor x, Tensor scale, float eps, ScalarType inner, ScalarType outer, int readers) -> (Tensor, Tensor[])"
+)
 def rms_norm(
     x: torch.Tensor, scale_D: torch.Tensor, eps: float, inner: torch.dtype, outer: torch.dtype, readers: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -140,7 +134,10 @@ def rms_norm(
     return beside, results
 
 
-@torch.library.impl(_library, "rms_norm_rotated", "CompositeImplicitAutograd")
+@composite(
+    "rms_norm_rotated(Tensor x, Tensor scale, float eps, ScalarType inner, ScalarType outer, Tensor cos, Tensor sin)"
+    " -> Tensor"
+)
 def rms_norm_rotated(
     x_BSHD: torch.Tensor,
     scale_D: torch.Tensor,

@@ -14,11 +14,12 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
+from preftree.attention import may_use_flex
 from preftree.logprobs import sequence_logps
 from preftree.models import prepare_model, prepared_part
 from preftree.models.refusals import active_dropout, disable_dropout
 from preftree.objectives import load_balancing
-from preftree.packing import PackedRow, empty_row
+from preftree.packing import FEW_LENGTHS, MANY_LENGTHS, PackedRow, empty_row
 from preftree.trainers.checks import check_weights, vocabulary_of
 from preftree.trainers.collator import TreeBatch, TreeCollator
 from preftree.trainers.config import upgrade
@@ -189,6 +190,7 @@ class TreeTrainer(DataPreparation):
             layout=self.layout(self.args),
             row_length=self.args.given_row_length,
             static=self.args.device.type == "cuda",
+            lengths=FEW_LENGTHS if may_use_flex(self.args.attention_backend, self.args.device) else MANY_LENGTHS,
             share_prefixes=self.args.share_prefixes,
             columns=self.columns,
             reference_columns=self.reference_columns,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from preftree.packing import PackedRow, pack, static_length
+from preftree.packing import MANY_LENGTHS, PackedRow, pack, static_length
 from preftree.trainers.groups import RANKED_REFERENCE, SEQUENCES, Group, Layout
 from preftree.transfer import send
 from preftree.tree import TokenTree
@@ -25,10 +25,11 @@ class TreeCollator:
     Args:
         pad_token_id: token of the rows' padding.
         layout: how an example is read.
-        row_length: tokens of a row, the last one of a batch being shorter if it can be (`pack`); None puts the batch into
-            one row.
+        row_length: most tokens of a row; a batch's rows are as short as their number allows (`pack`). None puts the batch
+            into one row.
         grows: rows are longer than that where a tree is.
         static: round a row without a given length up to one of a few lengths, for compiled kernels.
+        lengths: how many lengths rows have to each doubling (`static_length`).
         share_prefixes: False lays every sequence out by itself (packed, but nothing shared): the baseline.
         columns: numbers of an example to hand on, fp32 ``[examples]`` each, where the data have them.
         reference_columns: where an example keeps its sequences' reference log-probabilities, one column a sequence. (A
@@ -52,6 +53,7 @@ class TreeCollator:
     row_length: int | None = None
     grows: bool = False
     static: bool = False
+    lengths: int = MANY_LENGTHS
     share_prefixes: bool = True
     columns: tuple[str, ...] = ()
     reference_columns: tuple[str, ...] = ("ref_chosen_logps", "ref_rejected_logps")
@@ -105,10 +107,10 @@ class TreeCollator:
             sequence_ids += [first_sequence[index] + k for index in cluster for k in range(sizes[index])]
         row_length = self.row_length
         if row_length is None and self.static:
-            row_length = static_length(sum(len(tree) for tree in trees))
+            row_length = static_length(sum(len(tree) for tree in trees), self.lengths)
         elif row_length is not None and self.grows:
-            row_length = max(row_length, static_length(max(len(tree) for tree in trees)))
-        rows = pack(trees, row_length, self.pad_token_id, shorten_last=True)
+            row_length = max(row_length, static_length(max(len(tree) for tree in trees), self.lengths))
+        rows = pack(trees, row_length, self.pad_token_id, self.lengths)
         for row in rows:
             row.sequence_ids = torch.tensor([sequence_ids[index] for index in row.sequence_ids.tolist()])
         return batch | {"rows": rows, "members": [_members(row, groups, first_sequence) for row in rows]}

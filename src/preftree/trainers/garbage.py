@@ -17,15 +17,15 @@ class ObjectsKept:
 
     def __init__(self, wanted: bool) -> None:
         self._wanted = wanted
-        self._running = self._frozen = False
+        self._frozen = False
 
     def __enter__(self) -> ObjectsKept:
-        self._running = self._wanted
         return self
 
     def after_step(self) -> None:
         """After a run's first step what is garbage already is collected, and the rest is kept."""
-        if self._running and not self._frozen and not gc.get_freeze_count():
+        # (Counting looks at each of them: once is enough.)
+        if self._wanted and not self._frozen and not gc.get_freeze_count():
             gc.collect()
             gc.freeze()
             self._frozen = True
@@ -33,4 +33,4 @@ class ObjectsKept:
     def __exit__(self, *_: object) -> None:
         if self._frozen:
             gc.unfreeze()
-        self._running = self._frozen = False
+        self._wanted = self._frozen = False
