@@ -322,16 +322,17 @@ def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int) -> dict
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    batches = collate(trainer, case, micro, vocabulary)[-4:]
+    batches = collate(trainer, case, micro, vocabulary)[-8:]
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for parts in batches:
             take_step(trainer, parts)
         torch.cuda.synchronize()
     on_device = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
     kernels = sorted(on_device, key=lambda event: event.time_range.start)
-    # The first step finds the device waiting.
-    kernels = kernels[len(kernels) // len(batches) :]
-    steps = len(batches) - 1
+    # The first steps find the device waiting: the host is not ahead of it yet, as it is in training.
+    ahead = len(batches) // 2
+    kernels = kernels[len(kernels) * ahead // len(batches) :]
+    steps = len(batches) - ahead
     busy, started = 0.0, kernels[0].time_range.start
     until = started
     spent: dict[str, list[float]] = {}

@@ -14,7 +14,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_runs import COMMON, differences, end_by_trl, losses, train
 
 import preftree
-from preftree.models import compiled
+from preftree.models import compiled, products
 from preftree.objectives import DPO_LOSSES
 
 SEVERAL_ROWS = {"row_length": 64}  # five pairs of up to 50 tokens: two rows or three
@@ -296,6 +296,18 @@ def test_compiled_layers_change_nothing(model_path, monkeypatch):
     compilations = counters["stats"]["unique_graphs"]
     train("preftree", model_path, dataset(text_pairs(15)), torch_compile=True)  # compiles layers too
     assert counters["stats"]["unique_graphs"] == compilations > 0
+
+
+def test_rows_add_to_gradients_within_products(model_path, monkeypatch):
+    monkeypatch.setattr(compiled, "_BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    plain = train("preftree", model_path, dataset(text_pairs(15)), own=SEVERAL_ROWS)
+    monkeypatch.setattr(products, "serves", lambda *operands: True)
+    added, so_far = [], products._so_far
+    monkeypatch.setattr(products, "_so_far", lambda weights: added.append(so_far(weights)) or added[-1])
+    fast = train("preftree", model_path, dataset(text_pairs(15)), own=SEVERAL_ROWS | {"compile_layers": True})
+    assert max(differences(plain, fast)) <= 1e-5
+    assert any(each is not None for each in added)
 
 
 def test_bf16_autocast_reaches_policy_and_reference(model_path):

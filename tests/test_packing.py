@@ -21,13 +21,15 @@ def random_trees(count, seed=0):
     return trees, sequences, prompts
 
 
+@pytest.mark.parametrize("lengths", [None, 4])
 @pytest.mark.parametrize("row_length", [None, 41, 64, 127])
-def test_every_sequence_is_in_exactly_one_row(row_length):
+def test_every_sequence_is_in_exactly_one_row(row_length, lengths):
     trees, sequences, prompts = random_trees(17)
-    rows = preftree.pack(trees, row_length, pad_token_id=77)
+    rows = preftree.pack(trees, row_length, pad_token_id=77, lengths=lengths)
     seen = []
     for row in rows:
-        assert len(row) == (row_length or sum(len(tree) for tree in trees))
+        if lengths is None:
+            assert len(row) == (row_length or sum(len(tree) for tree in trees))
         node = torch.arange(len(row))
         assert torch.equal(row.end[row.num_tokens :], node[row.num_tokens :] + 1)
         assert (row.parent[row.num_tokens :] == -1).all()

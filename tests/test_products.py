@@ -89,7 +89,8 @@ def test_operators_keep_their_contracts(activation):
         (products._up, (x, gate, up, activation, False)),
         (products._up_backward, (x, down, both, activation)),
         (products._input_gradient, (grads, gate, up)),
-        (products._weight_gradients, (grads, x)),
+        (products._weight_gradients, (grads, x, [gate, up])),
+        (products.weight_gradient, (grads, x, [gate, up])),
         (products._onto, (both[:, :6], down, residual)),
     ):
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
@@ -254,3 +255,91 @@ def test_compiled_layers_are_exact(name, monkeypatch):
         results.append([logps, *(parameter.grad for parameter in each.parameters())])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def two_rows(monkeypatch):
+    """A function that sums gradients over two rows, and how many products have been asked to add to what is there."""
+    monkeypatch.setattr(compiled, "_BACKEND", "aot_eager")
+    found, so_far = [], products._so_far
+    monkeypatch.setattr(products, "_so_far", lambda weights: found.append(so_far(weights)) or found[-1])
+    trees = [
+        preftree.TokenTree.from_sequences(pair, [2, 2]) for pair in ([[1, 2, 3, 4], [1, 2, 5]], [[6, 7, 8], [6, 7]])
+    ]
+    rows = [preftree.pack([tree])[0] for tree in trees]
+
+    def run(model, on):
+        with products.adding_to_gradients(on):
+            for row in rows:
+                preftree.sequence_logps(model, row).logps.square().sum().backward()
+        added = sum(each is not None for each in found)
+        found.clear()
+        return added, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.usefixtures("served", "nothing_compiled")
+def test_products_add_to_gradients(name, two_rows):
+    """Once a layer and product of what is trained: gate and up, the MLP's output, and attention's."""
+    model = preftree.prepare_model(exact_model(name), compile=True)
+    none, expected = two_rows(model, False)
+    model.zero_grad()
+    added, grads = two_rows(model, True)
+    assert none == 0
+    assert added >= 2 * model.config.get_text_config().num_hidden_layers
+    # As they lie, what is in `.grad` from the start counts as well.
+    twice_added, twice = two_rows(model, True)
+    assert twice_added == 2 * added
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, expected[key], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(twice[key], 2 * expected[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("served", "nothing_compiled")
+def test_gradients_that_somebody_watches_are_left_alone(two_rows):
+    model = preftree.prepare_model(exact_model("qwen3"), compile=True)
+    _, expected = two_rows(model, False)
+    model.zero_grad()
+    weights = [layer.mlp.down_proj.weight for layer in model.model.layers]
+    seen: list[list[torch.Tensor]] = [[] for _ in weights]
+    hooks = [weight.register_hook(given.append) for weight, given in zip(weights, seen, strict=True)]
+    watched, grads = two_rows(model, True)
+    for hook in hooks:
+        hook.remove()
+    for weight, given in zip(weights, seen, strict=True):
+        torch.testing.assert_close(sum(given), weight.grad)
+    model.zero_grad()
+    assert watched == two_rows(model, True)[0] - len(weights)
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_another_kind_are_left_alone():
+    """Elsewhere in memory, of another type, of weights that are no leaves or not trained; none outside."""
+    memory = torch.zeros(5, 3)
+    one, two = (nn.Parameter(torch.zeros(size, 3)) for size in (2, 3))
+    with products.adding_to_gradients(True):
+        assert products._so_far([one, two]) is None
+        one.grad, two.grad = memory.split([2, 3])
+        assert products._so_far([two, one]) is None
+        assert products._so_far([one, two.clone()]) is None
+        one.requires_grad_(False)
+        assert products._so_far([one, two]) is None
+        one.requires_grad_()
+        assert one.grad is not None
+        assert two.grad is not None
+        with products.adding_to_gradients(False):
+            assert products._so_far([one, two]) is None
+        taken = products._so_far([one, two])
+        assert taken.data_ptr() == memory.data_ptr()
+        assert taken.shape == memory.shape
+        assert one.grad is None
+        assert two.grad is None
+        two.grad = torch.zeros(3, 3)
+        assert products._so_far([one, two]) is None
+        two.grad = torch.zeros(3, 3).to_sparse()
+        assert products._so_far([two]) is None
+    two.grad = torch.zeros(3, 3)
+    assert products._so_far([two]) is None

@@ -92,3 +92,25 @@ def test_gradients_of_projected_heads(dtype, batch, tokens, q_heads, groups, siz
         if one.numel():
             error = float((one - other).float().norm() / other.float().norm())
             assert error < (1e-5 if dtype == SINGLE else 0.01)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "q_heads", "groups", "size", "values"),
+    [(1, 1301, 16, 8, 128, 1024), (2, 33, 3, 1, 64, 40), (1, 5, 4, 2, 6, 0)],
+)
+@pytest.mark.parametrize(("dtype", "of_scale"), [(SINGLE, SINGLE), (HALF, HALF), (HALF, SINGLE)])
+def test_rotated_heads(dtype, of_scale, batch, tokens, q_heads, groups, size, values):
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    projected = random(batch, tokens, (q_heads + groups) * size + values).to(dtype)
+    scales, angles = [random(size).to(of_scale) for _ in range(2)], random(batch, 1, tokens, size)
+    given = (projected, [q_heads, groups], *scales, 1e-6, dtype, angles.cos().to(dtype), angles.sin().to(dtype))
+    kernels = kernels_of("preftree.models.rms_norm_triton")
+    for one, other in zip(kernels.rotated_heads(*given), heads.rotated(*given), strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        error = float((one - other).float().norm() / other.float().norm())
+        assert error < (1e-6 if dtype == SINGLE else 1e-3)

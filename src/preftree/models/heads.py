@@ -59,22 +59,41 @@ def gradients(
     return torch.cat([each.flatten(-2) for each in (*projected, dv_BSGE)], -1), torch.stack(dscales)
 
 
+def rotated(
+    projected_BSE: torch.Tensor,
+    counts: list[int],
+    q_scale_D: torch.Tensor,
+    k_scale_D: torch.Tensor,
+    eps: float,
+    inner: torch.dtype,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Queries ``[B, H, S, D]`` and keys ``[B, G, S, D]``, of which there are ``counts``, normed and rotated."""
+    sizes = [count * len(q_scale_D) for count in counts]
+    parts = projected_BSE[..., : sum(sizes)].split(sizes, -1)
+    return [
+        rms_norm.rotate(
+            rms_norm.scaled(part.unflatten(-1, (count, -1)), scale_D, eps, inner, part.dtype).transpose(1, 2), cos, sin
+        )
+        for part, count, scale_D in zip(parts, counts, (q_scale_D, k_scale_D), strict=True)
+    ]
+
+
 class _NormedHeads(torch.autograd.Function):
     """See `normed_heads`."""
 
     @staticmethod
     def forward(ctx, x_BSD, query, key, value, q_scale_D, k_scale_D, eps, inner, cos, sin, value_size):
-        weights, sizes = [query, key, value], [len(q_scale_D), len(k_scale_D), value_size]
-        x_ND = x_BSD.flatten(0, 1)
+        weights, x_ND, size = [query, key, value], x_BSD.flatten(0, 1), len(q_scale_D)
         projected_BSE = products.linears(x_ND, weights).view(*x_BSD.shape[:2], -1)
-        parts = projected_BSE.split([weight.shape[0] for weight in weights], -1)
-        q_BSHD, k_BSGD, v_BSGE = (part.unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True))
         ctx.save_for_backward(x_ND, *weights, projected_BSE, q_scale_D, k_scale_D, cos, sin)
         ctx.eps, ctx.inner = eps, inner
-        normed = [
-            rms_norm.rotate(rms_norm.scaled(heads, scale_D, eps, inner, heads.dtype).transpose(1, 2), cos, sin)
-            for heads, scale_D in ((q_BSHD, q_scale_D), (k_BSGD, k_scale_D))
-        ]
+        counts = [query.shape[0] // size, key.shape[0] // size]
+        kernels = kernels_of("preftree.models.rms_norm_triton") if projected_BSE.is_cuda else None
+        compute = rotated if kernels is None else kernels.rotated_heads
+        normed = compute(projected_BSE, counts, q_scale_D, k_scale_D, eps, inner, cos, sin)
+        v_BSGE = projected_BSE[..., sum(counts) * size :].unflatten(-1, (-1, value_size))
         return *normed, v_BSGE.transpose(1, 2)
 
     @staticmethod
@@ -88,7 +107,7 @@ class _NormedHeads(torch.autograd.Function):
         dx = products.linears_input_gradient(grad_NE, weights) if wants_x else None
         dweights = [None] * 3
         if any(wants_weights):
-            dweights = (grad_NE.T @ x_ND).split([len(weight) for weight in weights])
+            dweights = products.weight_gradient(grad_NE, x_ND, weights).split([len(weight) for weight in weights])
         dx_BSD = None if dx is None else dx.view(*projected_BSE.shape[:2], -1)
         return dx_BSD, *dweights, *(dscales_2D if wants_scales else (None, None)), None, None, None, None, None
 

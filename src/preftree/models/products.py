@@ -8,9 +8,11 @@ columns in turns, ``[g0, u0, g1, u1, ...]``, which is how the kernels have them 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -57,6 +59,7 @@ def _work(device: torch.device, dtype: torch.dtype) -> bool:
                     *products.up_backward(grad, down, both, "swiglu"),
                     products.input_gradient(both, weights),
                     products.weight_gradients(both, x),
+                    products.weight_gradients(both, x, weights.clone()),
                     products.onto(x, weights, both),
                 )
                 for products in (kernels, products_formulas)
@@ -115,18 +118,64 @@ def _alone(weight: Any) -> bool:
 
 def _as_one(*weights: torch.Tensor) -> torch.Tensor:
     """Weights ``[E, D]`` as one matrix: without a copy where they lie behind each other."""
-    first = weights[0]
+    together = _behind_each_other(weights)
+    return torch.cat(weights) if together is None else together
+
+
+def _behind_each_other(matrices: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Matrices ``[E, D]`` that lie behind each other in one piece of memory, as the one that they are; or None."""
+    first = matrices[0]
     start = behind = first.data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != behind or not weight.is_contiguous():
-            return torch.cat(weights)
-        behind += weight.nbytes
+    for matrix in matrices:
+        if matrix.data_ptr() != behind or not matrix.is_contiguous():
+            return None
+        behind += matrix.nbytes
     # Others' memory may lie behind the first one's by chance.
     memory = first.untyped_storage()
     if behind > memory.data_ptr() + memory.nbytes():
-        return torch.cat(weights)
+        return None
     size = first.shape[1]
     return first.as_strided(((behind - start) // (size * first.element_size()), size), (size, 1))
+
+
+_adding = False
+
+
+@contextlib.contextmanager
+def adding_to_gradients(on: bool) -> Iterator[None]:
+    """While inside (if ``on``), backward passes add to the gradients that weights have already within the products.
+
+    The sum is rounded once then, and needs no pass over memory of its own. For backward passes that accumulate in ``.grad``
+    alone: not for `torch.autograd.grad`, nor where somebody else keeps or exchanges gradients, as between processes.
+    """
+    global _adding
+    before, _adding = _adding, on
+    try:
+        yield
+    finally:
+        _adding = before
+
+
+def _so_far(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Gradients that weights have, as one matrix, which is taken from them: to be added to and given as their gradient.
+
+    None where there is nothing to add to, or somebody watches what is added (hooks).
+    """
+    if not _adding:
+        return None
+    if not all(weight.is_leaf and weight.requires_grad and not weight._backward_hooks for weight in weights):
+        return None
+    gradients = [weight.grad for weight in weights if type(weight.grad) is torch.Tensor]
+    if len(gradients) < len(weights) or any(
+        gradient.dtype != weight.dtype or gradient.layout != torch.strided
+        for gradient, weight in zip(gradients, weights, strict=True)
+    ):
+        return None
+    together = _behind_each_other(gradients)
+    if together is not None:
+        for weight in weights:
+            weight.grad = None
+    return together
 
 
 def _by(x: torch.Tensor) -> Any:
@@ -165,13 +214,13 @@ def _(grads_NF2, gate_FD, up_FD):
     return grads_NF2.new_empty((grads_NF2.shape[0], gate_FD.shape[1]))
 
 
-@opaque("gated_weight_gradients(Tensor grads, Tensor x) -> Tensor")
-def _weight_gradients(grads_NF2, x_ND):
-    return _by(grads_NF2).weight_gradients(grads_NF2, x_ND.contiguous())
+@opaque("gated_weight_gradients(Tensor grads, Tensor x, Tensor[] weights) -> Tensor")
+def _weight_gradients(grads_NF2, x_ND, weights):
+    return _by(grads_NF2).weight_gradients(grads_NF2, x_ND.contiguous(), _so_far(weights))
 
 
 @fake(_weight_gradients)
-def _(grads_NF2, x_ND):
+def _(grads_NF2, x_ND, weights):
     return grads_NF2.new_empty((grads_NF2.shape[1], x_ND.shape[1]))
 
 
@@ -207,6 +256,18 @@ def _(grads_NE, weights):
     return grads_NE.new_empty((grads_NE.shape[0], weights[0].shape[1]))
 
 
+@opaque("weight_gradient(Tensor grads, Tensor x, Tensor[] weights) -> Tensor")
+def weight_gradient(grads_NE, x_ND, weights):
+    """Of weights ``[E, D]`` behind each other, ``[sum of E, D]``: what they have so far included (`adding_to_gradients`)."""
+    so_far = _so_far(weights)
+    return grads_NE.T @ x_ND if so_far is None else so_far.addmm_(grads_NE.T, x_ND)
+
+
+@fake(weight_gradient)
+def _(grads_NE, x_ND, weights):
+    return grads_NE.new_empty((grads_NE.shape[1], x_ND.shape[1]))
+
+
 def _down(x_NF: torch.Tensor, down_DF: torch.Tensor, residual_ND: torch.Tensor | None) -> torch.Tensor:
     return x_NF @ down_DF.T if residual_ND is None else _onto(x_NF, down_DF, residual_ND)
 
@@ -232,15 +293,14 @@ class _LinearOnto(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, weight_ED, residual_NE):
-        wants_x, wants_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x_ND if wants_weight else None, weight_ED if wants_x else None)
+        ctx.save_for_backward(x_ND if ctx.needs_input_grad[1] else None, weight_ED)
         return _onto(x_ND, weight_ED, residual_NE)
 
     @staticmethod
     def backward(ctx, grad_NE):
         x_ND, weight_ED = ctx.saved_tensors
-        dx_ND = None if weight_ED is None else grad_NE @ weight_ED
-        return dx_ND, None if x_ND is None else grad_NE.T @ x_ND, grad_NE
+        dx_ND = grad_NE @ weight_ED if ctx.needs_input_grad[0] else None
+        return dx_ND, None if x_ND is None else weight_gradient(grad_NE, x_ND, [weight_ED]), grad_NE
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -259,8 +319,10 @@ class _GatedMlp(torch.autograd.Function):
         wants_x, wants_gate, wants_up, wants_down, wants_residual, _ = ctx.needs_input_grad
         grads_NF2, out_NF = _up_backward(grad_ND, down_DF, both_NF2, ctx.activation)
         dx_ND = _input_gradient(grads_NF2, gate_FD, up_FD) if wants_x else None
-        halves: Any = _weight_gradients(grads_NF2, x_ND).chunk(2) if wants_gate or wants_up else (None, None)
-        ddown_DF = grad_ND.T @ out_NF if wants_down else None
+        halves: Any = None, None
+        if wants_gate or wants_up:
+            halves = _weight_gradients(grads_NF2, x_ND, [gate_FD, up_FD]).chunk(2)
+        ddown_DF = weight_gradient(grad_ND, out_NF, [down_DF]) if wants_down else None
         return dx_ND, *halves, ddown_DF, grad_ND if wants_residual else None, None
 
 

@@ -69,10 +69,13 @@ def input_gradient(grads_NF2: torch.Tensor, weights_F2D: torch.Tensor) -> torch.
     return out_ND
 
 
-def weight_gradients(grads_NF2: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
+def weight_gradients(
+    grads_NF2: torch.Tensor, x_ND: torch.Tensor, so_far_F2D: torch.Tensor | None = None
+) -> torch.Tensor:
     """See `products_formulas.weight_gradients`."""
-    out_F2D = grads_NF2.new_empty(grads_NF2.shape[1], x_ND.shape[1])
-    gemm_tuned.fn(grads_NF2.T, x_ND, out_F2D, config=_WEIGHT_GRADIENTS, concat_layout=("out",))
+    out_F2D = grads_NF2.new_empty(grads_NF2.shape[1], x_ND.shape[1]) if so_far_F2D is None else so_far_F2D
+    apart = ("out",) if so_far_F2D is None else ("C", "out")
+    gemm_tuned.fn(grads_NF2.T, x_ND, out_F2D, C=so_far_F2D, config=_WEIGHT_GRADIENTS, concat_layout=apart)
     return out_F2D
 
 

@@ -13,6 +13,8 @@ from preftree.models.rms_norm import MOST_READERS
 
 # Programs on each of a device's processors, their warps, and how many elements they look at together.
 _PER_PROCESSOR, _WARPS, _ELEMENTS = 4, 8, 2048
+# Bytes of rows that may wait in a processor's shared memory while others are looked at: less than any device has.
+_WAITING = 1 << 16
 # Of the programs' parts of the scale's gradient, columns that one program adds up, and how many parts at a time.
 _SUMMED, _LINES = 16, 64
 
@@ -26,15 +28,15 @@ def _pass_over_rows(
     beside_outer, beside_inner, x_outer, x_inner, dx_outer, dx_inner, cos, sin, heads,
     eps: tl.constexpr, width: tl.constexpr, INNER: tl.constexpr, PRODUCT: tl.constexpr,
     GRADS: tl.constexpr, BESIDE: tl.constexpr, SCALE: tl.constexpr, ROTATED: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of rows from ``first`` on, every ``step``; their part of the scale's gradient goes to the line ``partial``."""
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < width
     factor = tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([TILE, BLOCK], tl.float32)
-    # The next rows are on their way while these are looked at; rotation reads too much for that.
-    for start in tl.range(first * TILE, rows, step * TILE, num_stages=1 if ROTATED else 2):
+    # The next rows are on their way while these are looked at.
+    for start in tl.range(first * TILE, rows, step * TILE, num_stages=STAGES):
         row = start + tl.arange(0, TILE)[:, None]
         read = inside & (row < rows)
         outer, inner = (row // inner_rows).to(tl.int64), row % inner_rows
@@ -77,7 +79,7 @@ def _gradients_kernel(
     beside_outer, beside_inner, x_outer, x_inner, dx_outer, dx_inner, cos, sin, heads,
     eps: tl.constexpr, width: tl.constexpr, INNER: tl.constexpr, PRODUCT: tl.constexpr,
     GRADS: tl.constexpr, BESIDE: tl.constexpr, SCALE: tl.constexpr, ROTATED: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows of the program's number and every so many on; its part of the scale's gradient goes to a line of ``partial``."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -85,7 +87,7 @@ def _gradients_kernel(
         program, programs, grad, second, third, beside, x, scale, dx, partial + program * width, rows, inner_rows,
         grad_outer, grad_inner, second_outer, second_inner, third_outer, third_inner,
         beside_outer, beside_inner, x_outer, x_inner, dx_outer, dx_inner, cos, sin, heads,
-        eps, width, INNER, PRODUCT, GRADS, BESIDE, SCALE, ROTATED, TILE, BLOCK,
+        eps, width, INNER, PRODUCT, GRADS, BESIDE, SCALE, ROTATED, STAGES, TILE, BLOCK,
     )  # fmt: skip
 
 
@@ -104,14 +106,14 @@ def _heads_kernel(
         _pass_over_rows(
             program, on_q, dq, dq, dq, dq, projected, q_scale, out, line, tokens * q_heads, q_heads,
             dq_token, dq_head, 0, 0, 0, 0, 0, 0, token, width, token, width, cos, sin, q_heads,
-            eps, width, INNER, PRODUCT, 1, False, SCALE, True, TILE, BLOCK,
+            eps, width, INNER, PRODUCT, 1, False, SCALE, True, 1, TILE, BLOCK,
         )  # fmt: skip
     elif program < on_q + on_k:
         behind = q_heads * width
         _pass_over_rows(
             program - on_q, on_k, dk, dk, dk, dk, projected + behind, k_scale, out + behind, line,
             tokens * groups, groups, dk_token, dk_head, 0, 0, 0, 0, 0, 0, token, width, token, width, cos, sin, groups,
-            eps, width, INNER, PRODUCT, 1, False, SCALE, True, TILE, BLOCK,
+            eps, width, INNER, PRODUCT, 1, False, SCALE, True, 1, TILE, BLOCK,
         )  # fmt: skip
     else:
         first, step = program - on_q - on_k, tl.num_programs(0) - on_q - on_k
@@ -123,6 +125,61 @@ def _heads_kernel(
             value = tl.load(dv + outer * dv_token + inner * dv_head + column, mask=read, other=0.0)
             place = outer * token + (q_heads + groups) * width + inner * value_width + column
             tl.store(out + place, value, mask=read)
+
+
+@triton.jit
+def _rotated_rows(
+    first, step, x, scale, out, rows, heads, x_token, cos, sin,
+    eps: tl.constexpr, width: tl.constexpr, INNER: tl.constexpr, PRODUCT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tiles of heads from ``first`` on, every ``step``, normed and rotated half by half; rounded where the formulas round."""
+    column = tl.arange(0, BLOCK)[None, :]
+    half = width // 2
+    inside = column < half
+    factor_1 = tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
+    factor_2 = tl.load(scale + half + column, mask=inside, other=0.0).to(tl.float32)
+    for start in range(first * TILE, rows, step * TILE):
+        row = start + tl.arange(0, TILE)[:, None]
+        read = inside & (row < rows)
+        token = (row // heads).to(tl.int64)
+        given, angle = token * x_token + (row % heads) * width + column, token * width + column
+        one = tl.load(x + given, mask=read, other=0.0).to(tl.float32)
+        two = tl.load(x + given + half, mask=read, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(one * one + two * two, 1)[:, None] / width + eps)
+        one = ((one * r).to(INNER).to(tl.float32) * factor_1).to(PRODUCT).to(out.dtype.element_ty).to(tl.float32)
+        two = ((two * r).to(INNER).to(tl.float32) * factor_2).to(PRODUCT).to(out.dtype.element_ty).to(tl.float32)
+        cos_1 = tl.load(cos + angle, mask=read, other=0.0).to(tl.float32)
+        sin_1 = tl.load(sin + angle, mask=read, other=0.0).to(tl.float32)
+        cos_2 = tl.load(cos + angle + half, mask=read, other=0.0).to(tl.float32)
+        sin_2 = tl.load(sin + angle + half, mask=read, other=0.0).to(tl.float32)
+        straight_1, turned_1 = (one * cos_1).to(out.dtype.element_ty), (two * sin_1).to(out.dtype.element_ty)
+        straight_2, turned_2 = (two * cos_2).to(out.dtype.element_ty), (one * sin_2).to(out.dtype.element_ty)
+        result_1 = straight_1.to(tl.float32) - turned_1.to(tl.float32)
+        result_2 = straight_2.to(tl.float32) + turned_2.to(tl.float32)
+        place = out + row.to(tl.int64) * width + column
+        tl.store(place, result_1.to(out.dtype.element_ty), mask=read)
+        tl.store(place + half, result_2.to(out.dtype.element_ty), mask=read)
+
+
+@triton.jit
+def _rotated_heads_kernel(
+    projected, q_scale, k_scale, q, k, tokens, q_heads, groups, on_q, on_k, token, cos, sin,
+    eps: tl.constexpr, width: tl.constexpr, INNER: tl.constexpr, PRODUCT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Programs on queries, and those on keys behind them."""
+    program = tl.program_id(0)
+    if program < on_q:
+        _rotated_rows(
+            program, on_q, projected, q_scale, q, tokens * q_heads, q_heads, token, cos, sin,
+            eps, width, INNER, PRODUCT, TILE, BLOCK,
+        )  # fmt: skip
+    else:
+        _rotated_rows(
+            program - on_q, on_k, projected + q_heads * width, k_scale, k, tokens * groups, groups, token, cos, sin,
+            eps, width, INNER, PRODUCT, TILE, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -170,6 +227,9 @@ def _gradients(
     *rows, written = (_rows(each, whole) for each in read)
     outer, middle, width = written.shape
     programs = _programs(x.device)
+    constants = _constants(scale_D, eps, inner, width)
+    ahead = [*grads, x, *([] if beside is None else [beside])]
+    waiting = constants["TILE"] * constants["BLOCK"] * sum(each.element_size() for each in ahead)
     partial = x.new_empty((programs if wants_scale else 0, width), dtype=torch.float32)
     dscale_D = scale_D.new_empty(width if wants_scale else 0)
     torch.library.wrap_triton(_gradients_kernel)[(programs,)](
@@ -177,7 +237,8 @@ def _gradients(
         *(step for each in (*rows, written) for step in each.stride()[:2]),
         *(x if each is None else each.contiguous() for each in (cos, sin)), 1 if cos is None else x.shape[-2],
         width=width, GRADS=len(grads), BESIDE=beside is not None, SCALE=wants_scale, ROTATED=cos is not None,
-        **_constants(scale_D, eps, inner, width),
+        # Rotation reads too much to have two of it at a time.
+        STAGES=2 if cos is None and waiting <= _WAITING else 1, **constants,
     )  # fmt: skip
     if wants_scale:
         torch.library.wrap_triton(_sum_kernel)[(triton.cdiv(width, _SUMMED), 1)](
@@ -205,6 +266,45 @@ def gradients(
     """See `rms_norm.gradients`."""
     dx, dscale_D = _gradients(grads, beside, x, scale_D, eps, inner, wants_scale, *(rotation or (None, None)))
     return dx, dscale_D if wants_scale else None
+
+
+@torch.library.triton_op("preftree::rotated_heads", mutates_args=())
+def _rotated_heads(
+    projected_BSE: torch.Tensor,
+    counts: list[int],
+    q_scale_D: torch.Tensor,
+    k_scale_D: torch.Tensor,
+    eps: float,
+    inner: torch.dtype,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `heads.rotated`, token by token: ``[B, S, H, D]`` and ``[B, S, G, D]``."""
+    (batch, length, wide), width = projected_BSE.shape, q_scale_D.shape[0]
+    q_BSHD, k_BSGD = (projected_BSE.new_empty((batch, length, count, width)) for count in counts)
+    on_q, on_k = (max(1, _programs(projected_BSE.device) * count // sum(counts)) for count in counts)
+    torch.library.wrap_triton(_rotated_heads_kernel)[(on_q + on_k,)](
+        projected_BSE.contiguous(), q_scale_D.contiguous(), k_scale_D.contiguous(), q_BSHD, k_BSGD, batch * length,
+        *counts, on_q, on_k, wide, cos.contiguous(), sin.contiguous(),
+        width=width, **_constants(q_scale_D, eps, inner, width // 2),
+    )  # fmt: skip
+    return q_BSHD, k_BSGD
+
+
+def rotated_heads(
+    projected_BSE: torch.Tensor,
+    counts: list[int],
+    q_scale_D: torch.Tensor,
+    k_scale_D: torch.Tensor,
+    eps: float,
+    inner: torch.dtype,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> list[torch.Tensor]:
+    """See `heads.rotated`."""
+    return [
+        x.transpose(1, 2) for x in _rotated_heads(projected_BSE, counts, q_scale_D, k_scale_D, eps, inner, cos, sin)
+    ]
 
 
 def heads_gradients(

@@ -11,12 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
 from preftree.attention import may_use_flex
 from preftree.logprobs import sequence_logps
 from preftree.models import prepare_model, prepared_part
+from preftree.models.products import adding_to_gradients
 from preftree.models.refusals import active_dropout, disable_dropout
 from preftree.objectives import load_balancing
 from preftree.packing import FEW_LENGTHS, MANY_LENGTHS, PackedRow, empty_row
@@ -226,7 +228,8 @@ class TreeTrainer(DataPreparation):
         for number in range(len(batch.rows)):
             # Gradients are exchanged between ranks once, with the last row.
             last = number == len(batch.rows) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            exchange = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            with exchange, adding_to_gradients(self.accelerator.distributed_type == DistributedType.NO):
                 loss = loss + super().training_step(model, {"row": number}, num_items_in_batch)
             batch.rows[number].derived.clear()
         if batch.gradient is not None:
