@@ -20,6 +20,7 @@ from preftree.attention import (
     fa4,
     flash,
     flex,
+    passes,
     varlen_kernels,
 )
 from preftree.attention.copying import copy_to_paths
@@ -106,7 +107,8 @@ def attend_like_a_kernel(q_SHD, k_KGD, v_KGE, plan, window, scores):
 @pytest.mark.parametrize("name", ["causal", "window"])
 @pytest.mark.parametrize("special", ["plain", "grouped", "value-size"])
 @pytest.mark.parametrize("seed", range(2))
-def test_one_kernel_over_copied_paths_agrees_with_dense(seed, special, name, monkeypatch):
+@pytest.mark.parametrize("by", ["torch", "fa4"])
+def test_one_kernel_over_copied_paths_agrees_with_dense(by, seed, special, name, monkeypatch):
     asked, plans = [], []
 
     def kernel(q_SHD, k_SGD, v_SGE, plan, window, scores):
@@ -114,11 +116,28 @@ def test_one_kernel_over_copied_paths_agrees_with_dense(seed, special, name, mon
         k_KGD, v_KGE = copy_to_paths(k_SGD, v_SGE, plan)
         return attend_like_a_kernel(q_SHD, k_KGD, v_KGE, plan, window, scores)
 
-    monkeypatch.setattr(varlen_kernels, "choose", lambda layer: asked.append(layer) or kernel)
+    def forward(*given):
+        with torch.no_grad():
+            return kernel(*given), torch.full((given[0].shape[1], given[3].num_tokens), 7.0)
+
+    def backward(grad, q_SHD, k_SGD, v_SGE, out_SHE, lse_HT, *given):
+        assert lse_HT.shape == (q_SHD.shape[1], given[0].num_tokens)
+        assert (lse_HT == 7).all()
+        tensors = [x.detach().requires_grad_() for x in (q_SHD, k_SGD, v_SGE)]
+        with torch.enable_grad():
+            again = kernel(*tensors, *given)
+        torch.testing.assert_close(out_SHE, again)
+        return *torch.autograd.grad(again, tensors, grad), None
+
+    monkeypatch.setattr(varlen_kernels, "choose", lambda layer: asked.append(layer) or by)
+    monkeypatch.setattr(varlen_kernels, "by_torch", kernel)
+    monkeypatch.setattr(varlen_kernels, "fa4_forward", forward)
+    monkeypatch.setattr(varlen_kernels, "fa4_backward", backward)
     row = random_row(seed, stretch=3)
     compare_with_dense(BACKENDS["varlen"].bind, row, RULES[name], special, padding=False)
     assert [layer.rule for layer in asked] == [RULES[name]]
-    (plan,) = plans
+    plan = plans[0]
+    assert all(each is plan for each in plans)
     # Keys before all that a window shows are not copied.
     assert plan is plan_paths(row, RULES[name].window)
 
@@ -326,12 +345,12 @@ def test_flash_without_its_library(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "kernel"),
     [
-        ({}, "by_fa4"),
-        ({"capability": (10, 0)}, "by_fa4"),
-        ({"rule": sliding_window(5)}, "by_fa4"),
-        ({"softcap": True}, "by_fa4"),
-        ({"capability": (8, 0), "groups": 8}, "by_torch"),
-        ({"capability": (8, 0), "groups": 8, "rule": sliding_window(5)}, "by_torch"),
+        ({}, "fa4"),
+        ({"capability": (10, 0)}, "fa4"),
+        ({"rule": sliding_window(5)}, "fa4"),
+        ({"softcap": True}, "fa4"),
+        ({"capability": (8, 0), "groups": 8}, "torch"),
+        ({"capability": (8, 0), "groups": 8, "rule": sliding_window(5)}, "torch"),
         ({"capability": (8, 0), "groups": 8, "softcap": True}, None),
         ({"capability": (8, 0), "groups": 8, "sinks": True}, None),
         ({"capability": (7, 5), "groups": 8}, None),
@@ -345,8 +364,42 @@ def test_flash_without_its_library(monkeypatch):
     ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else str(value),
 )
 def test_kernels_that_go_path_by_path(changes, kernel):
-    chosen = varlen_kernels.choose(replace(ON_HOPPER, **changes))
-    assert (chosen and chosen.__name__) == kernel
+    assert varlen_kernels.choose(replace(ON_HOPPER, **changes)) == kernel
+
+
+@pytest.mark.parametrize("beside", ["nothing", "sinks", "bias", "softcap"])
+@pytest.mark.parametrize("trained", [[0, 1, 2, 3], [1], [3]])
+def test_two_passes_are_one_differentiable_call(beside, trained):
+    """As dense attention, whose gradients autograd knows; what is kept between the passes arrives."""
+    row = random_row(3)
+    attend = BACKENDS["dense"].bind(row, CAUSAL)
+
+    class Passes:
+        def forward(self, q, k, v, scores):
+            out, _ = passes.recomputed_forward(attend, q, k, v, scores)
+            return out, torch.full((1, q.shape[1], len(row)), 7.0)
+
+        def backward(self, grad, q, k, v, out, lse, scores):
+            assert torch.equal(out, attend(q, k, v, scores))
+            assert (lse == 7).all()
+            return passes.recomputed_backward(attend, grad, q, k, v, scores)
+
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, len(row), size, dtype=torch.float64) for heads, size in ((4, 6), (2, 6), (2, 5))]
+    extra = torch.randn(4) if beside == "sinks" else torch.randn(1, 4, len(row), len(row))
+    results = []
+    for call in (attend, lambda *given: passes.differentiable(Passes(), *given)):
+        tensors = [x.clone().requires_grad_(i in trained) for i, x in enumerate((*given, extra.double()))]
+        options = {beside: tensors[3]} if beside in ("sinks", "bias") else {}
+        out = call(*tensors[:3], Scores(0.3, 2.0 if beside == "softcap" else None, **options))
+        assert out.requires_grad == any(i in trained for i in range(3 + len(options)))
+        if out.requires_grad:
+            (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+        results.append([out, *(x.grad for x in tensors)])
+    for one, other in zip(*results, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
 
 
 def test_what_flex_refuses(monkeypatch):

@@ -14,7 +14,7 @@ from preftree.attention import fa4
 from preftree.attention.blocks import BlockLists, key_lists, nodes_of, query_lists
 from preftree.attention.layer import Layer
 from preftree.attention.mask import Rule
-from preftree.attention.passes import Gradients
+from preftree.attention.passes import Gradients, differentiable
 from preftree.attention.scores import Scores
 from preftree.packing import PackedRow
 
@@ -69,20 +69,40 @@ class _OnRow:
         self.row, self.rule = row, rule
 
     def __call__(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
-        sizes = block_sizes(q_BHSD.shape[-1], v_BGSE.shape[-1])
-        tables = _tables(self.row, self.rule, sizes, q_BHSD.shape[:2])
-        options = tables, [*sizes[0], *sizes[1]], not self.rule.causal, scores.scale, scores.softcap or 0.0
-        out_BHSE, _ = _forward(q_BHSD, k_BGSD, v_BGSE, scores.sinks, *options)
-        return out_BHSE
+        return differentiable(self, q_BHSD, k_BGSD, v_BGSE, scores)
 
     def forward(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-        masks, tensors = self._masks(q_BHSD, v_BGSE), (q_BHSD, k_BGSD, v_BGSE, scores.sinks)
-        return _run_forward(*tensors, masks[0], scores.scale, scores.softcap or 0.0)
+        mask, _ = self._masks(q_BHSD, v_BGSE)
+        out_BSHE, lse_BHS, *_ = fa4.kernels()._flash_attn_fwd(
+            q_BHSD.transpose(1, 2),
+            k_BGSD.transpose(1, 2),
+            v_BGSE.transpose(1, 2),
+            softmax_scale=scores.scale,
+            learnable_sink=scores.sinks,
+            pack_gqa=False,
+            return_lse=True,
+            **fa4.capping(scores.softcap or 0.0),
+            **mask,
+        )
+        return out_BSHE.transpose(1, 2), lse_BHS
 
     def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> Gradients:
-        masks, tensors = self._masks(q_BHSD, v_BGSE), (grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS)
-        dq, dk, dv, dsinks = _run_backward(*tensors, scores.sinks, masks[1], scores.scale, scores.softcap or 0.0)
-        return dq, dk, dv, None if scores.sinks is None else dsinks, None
+        _, mask = self._masks(q_BHSD, v_BGSE)
+        with _order():
+            dq_BSHD, dk_BSGD, dv_BSGE, *dsinks = fa4.kernels()._flash_attn_bwd(
+                q_BHSD.transpose(1, 2),
+                k_BGSD.transpose(1, 2),
+                v_BGSE.transpose(1, 2),
+                out_BHSE.transpose(1, 2),
+                grad_BHSE.transpose(1, 2),
+                lse_BHS,
+                softmax_scale=scores.scale,
+                learnable_sink=scores.sinks,
+                **fa4.capping(scores.softcap or 0.0, backward=True),
+                **mask,
+            )
+        dsinks_H = None if scores.sinks is None else dsinks[0]
+        return dq_BSHD.transpose(1, 2), dk_BSGD.transpose(1, 2), dv_BSGE.transpose(1, 2), dsinks_H, None
 
     def _masks(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor) -> list[dict]:
         """`_mask` of the forward and of the backward pass, made once for layers of these shapes."""
@@ -121,123 +141,3 @@ def _order() -> AbstractContextManager[None]:
     except ImportError:
         return nullcontext()
     return heads_together()
-
-
-def _run_forward(
-    q_BHSD: torch.Tensor,
-    k_BGSD: torch.Tensor,
-    v_BGSE: torch.Tensor,
-    sinks: torch.Tensor | None,
-    mask: dict,
-    scale: float,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exps ``[B, H, S]``, these with the sinks' part."""
-    out_BSHE, lse_BHS, *_ = fa4.kernels()._flash_attn_fwd(
-        q_BHSD.transpose(1, 2),
-        k_BGSD.transpose(1, 2),
-        v_BGSE.transpose(1, 2),
-        softmax_scale=scale,
-        learnable_sink=sinks,
-        pack_gqa=False,
-        return_lse=True,
-        **fa4.capping(softcap),
-        **mask,
-    )
-    return out_BSHE.transpose(1, 2), lse_BHS
-
-
-@torch.library.custom_op("preftree::flash_forward", mutates_args=())
-def _forward(
-    q_BHSD: torch.Tensor,
-    k_BGSD: torch.Tensor,
-    v_BGSE: torch.Tensor,
-    sinks: torch.Tensor | None,
-    tables: list[torch.Tensor],
-    sizes: list[int],
-    from_lowest: bool,
-    scale: float,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = _mask(tables[0], tables[1:5], sizes[:2], from_lowest)
-    return _run_forward(q_BHSD, k_BGSD, v_BGSE, sinks, mask, scale, softcap)
-
-
-@_forward.register_fake
-def _(q_BHSD, k_BGSD, v_BGSE, sinks, tables, sizes, from_lowest, scale, softcap):
-    batch, heads, length, _ = q_BHSD.shape
-    out_BSHE = q_BHSD.new_empty((batch, length, heads, v_BGSE.shape[-1]))
-    return out_BSHE.transpose(1, 2), q_BHSD.new_empty((batch, heads, length), dtype=torch.float32)
-
-
-def _run_backward(
-    grad_BHSE: torch.Tensor,
-    q_BHSD: torch.Tensor,
-    k_BGSD: torch.Tensor,
-    v_BGSE: torch.Tensor,
-    out_BHSE: torch.Tensor,
-    lse_BHS: torch.Tensor,
-    sinks: torch.Tensor | None,
-    mask: dict,
-    scale: float,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys, values and sinks (empty without sinks)."""
-    with _order():
-        dq_BSHD, dk_BSGD, dv_BSGE, *dsinks = fa4.kernels()._flash_attn_bwd(
-            q_BHSD.transpose(1, 2),
-            k_BGSD.transpose(1, 2),
-            v_BGSE.transpose(1, 2),
-            out_BHSE.transpose(1, 2),
-            grad_BHSE.transpose(1, 2),
-            lse_BHS,
-            softmax_scale=scale,
-            learnable_sink=sinks,
-            **fa4.capping(softcap, backward=True),
-            **mask,
-        )
-    gradient = dsinks[0] if sinks is not None else q_BHSD.new_empty(0)
-    return dq_BSHD.transpose(1, 2), dk_BSGD.transpose(1, 2), dv_BSGE.transpose(1, 2), gradient
-
-
-@torch.library.custom_op("preftree::flash_backward", mutates_args=())
-def _backward(
-    grad_BHSE: torch.Tensor,
-    q_BHSD: torch.Tensor,
-    k_BGSD: torch.Tensor,
-    v_BGSE: torch.Tensor,
-    out_BHSE: torch.Tensor,
-    lse_BHS: torch.Tensor,
-    sinks: torch.Tensor | None,
-    tables: list[torch.Tensor],
-    sizes: list[int],
-    from_lowest: bool,
-    scale: float,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    tensors = (grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, sinks)
-    return _run_backward(*tensors, _mask(tables[0], tables[5:], sizes[2:], from_lowest), scale, softcap)
-
-
-@_backward.register_fake
-def _(grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, sinks, *options):
-    gradients = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHSD, k_BGSD, v_BGSE)]
-    return *gradients, q_BHSD.new_empty(0) if sinks is None else torch.empty_like(sinks)
-
-
-def _save(ctx, inputs, output):
-    q_BHSD, k_BGSD, v_BGSE, sinks, tables, *options = inputs
-    ctx.save_for_backward(q_BHSD, k_BGSD, v_BGSE, *output, *([] if sinks is None else [sinks]), *tables)
-    ctx.options, ctx.tables = options, len(tables)
-
-
-def _differentiate(ctx, grad_BHSE, _):
-    # The log-sum-exps are for the backward pass alone: nobody gets them, so they have no gradient.
-    saved = ctx.saved_tensors
-    tensors, tables = list(saved[: -ctx.tables]), list(saved[-ctx.tables :])
-    sinks = tensors[5] if len(tensors) == 6 else None
-    dq, dk, dv, dsinks = _backward(grad_BHSE, *tensors[:5], sinks, tables, *ctx.options)
-    return dq, dk, dv, None if sinks is None else dsinks, [None] * ctx.tables, None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)

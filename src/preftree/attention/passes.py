@@ -1,7 +1,8 @@
 """Forward and backward pass of attention as two calls, for who keeps what lies between them himself: compiled layers.
 
 An ``attend`` (see `preftree.attention`) may have ``forward(q, k, v, scores) -> (out, lse)`` and ``backward(grad, q, k, v, out,
-lse, scores) -> gradients``. Of one that has not, the backward pass computes the forward pass again.
+lse, scores) -> gradients``, of which `differentiable` makes one call for all others. Of one that has not, the backward pass
+computes the forward pass again.
 """
 
 from __future__ import annotations
@@ -79,3 +80,30 @@ def recomputed_backward(
         out_BHSE = attend(q, k, v, replace(scores, sinks=sinks, bias=bias))
         found = iter(torch.autograd.grad(out_BHSE, [x for x in leaves if x is not None], grad_BHSE, allow_unused=True))
     return tuple(None if x is None else next(found) for x in leaves)  # type: ignore[return-value]
+
+
+class _Differentiable(torch.autograd.Function):
+    """See `differentiable`."""
+
+    @staticmethod
+    def forward(ctx, attend, scale, softcap, *given):
+        q_BHSD, k_BGSD, v_BGSE, sinks, bias = given
+        out_BHSE, lse_BHS = attend.forward(q_BHSD, k_BGSD, v_BGSE, Scores(scale, softcap, sinks, bias))
+        ctx.save_for_backward(*given, out_BHSE, lse_BHS)
+        ctx.attend, ctx.scale, ctx.softcap = attend, scale, softcap
+        return out_BHSE
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_BHSE):
+        q_BHSD, k_BGSD, v_BGSE, sinks, bias, out_BHSE, lse_BHS = ctx.saved_tensors
+        scores = Scores(ctx.scale, ctx.softcap, sinks, bias)
+        return None, None, None, *ctx.attend.backward(grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores)
+
+
+def differentiable(
+    attend: Any, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores
+) -> torch.Tensor:
+    """The output ``[B, H, S, E]`` of an ``attend`` that has both passes, with its gradients."""
+    given = q_BHSD, k_BGSD, v_BGSE, scores.sinks, scores.bias
+    return _Differentiable.apply(attend, scores.scale, scores.softcap, *given)

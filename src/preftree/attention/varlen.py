@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from preftree.attention import varlen_kernels
 from preftree.attention.layer import Layer
 from preftree.attention.mask import Rule
-from preftree.attention.passes import Gradients, recomputed_backward, recomputed_forward
+from preftree.attention.passes import Gradients, differentiable, recomputed_backward, recomputed_forward
 from preftree.attention.paths import QueryBlock, plan_paths, query_blocks
 from preftree.attention.scores import Scores, masked_attention, repeat_heads
 from preftree.packing import PackedRow
@@ -38,10 +38,10 @@ class _OnRow:
     def __init__(self, row: PackedRow, rule: Rule):
         self.row, self.rule = row, rule
         self._one_by_one: _OneByOne | None = None
-        self._kernels: dict[Layer, varlen_kernels.Kernel | None] = {}
+        self._kernels: dict[Layer, str | None] = {}
 
-    def _kernel(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> varlen_kernels.Kernel | None:
-        """The kernel for a layer; None for blocks one by one."""
+    def _kernel(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> str | None:
+        """See `varlen_kernels.choose`; None for blocks one by one."""
         layer = Layer.of(q_BHSD, k_BGSD, v_BGSE, self.rule, scores)
         if layer not in self._kernels:
             self._kernels[layer] = varlen_kernels.choose(layer)
@@ -49,16 +49,18 @@ class _OnRow:
 
     def __call__(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
         kernel = self._kernel(q_BHSD, k_BGSD, v_BGSE, scores)
-        if kernel is not None:
+        if kernel == "fa4":
+            return differentiable(self, q_BHSD, k_BGSD, v_BGSE, scores)
+        if kernel == "torch":
             plan, window = plan_paths(self.row, self.rule.window), self.rule.window
             q_SHD, k_SGD, v_SGE = map(_by_token, (q_BHSD, k_BGSD, v_BGSE))
-            return kernel(q_SHD, k_SGD, v_SGE, plan, window, scores).transpose(0, 1)[None]
+            return varlen_kernels.by_torch(q_SHD, k_SGD, v_SGE, plan, window, scores).transpose(0, 1)[None]
         if self._one_by_one is None:
             self._one_by_one = _OneByOne(self.row, self.rule)
         return self._one_by_one(q_BHSD, k_BGSD, v_BGSE, scores)
 
     def forward(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._kernel(q_BHSD, k_BGSD, v_BGSE, scores) is not varlen_kernels.by_fa4:
+        if self._kernel(q_BHSD, k_BGSD, v_BGSE, scores) != "fa4":
             return recomputed_forward(self, q_BHSD, k_BGSD, v_BGSE, scores)
         plan, window = plan_paths(self.row, self.rule.window), self.rule.window
         q_SHD, k_SGD, v_SGE = map(_by_token, (q_BHSD, k_BGSD, v_BGSE))
@@ -66,14 +68,14 @@ class _OnRow:
         return out_SHE.transpose(0, 1)[None], F.pad(lse_HT, (0, len(self.row) - plan.num_tokens))[None]
 
     def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> Gradients:
-        if self._kernel(q_BHSD, k_BGSD, v_BGSE, scores) is not varlen_kernels.by_fa4:
+        if self._kernel(q_BHSD, k_BGSD, v_BGSE, scores) != "fa4":
             return recomputed_backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, scores)
         plan, window = plan_paths(self.row, self.rule.window), self.rule.window
         grad, q, k, v, out = map(_by_token, (grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE))
         lse_HT = lse_BHS.squeeze(0)[:, : plan.num_tokens].contiguous()
         *by_token, dsinks = varlen_kernels.fa4_backward(grad, q, k, v, out, lse_HT, plan, window, scores)
         dq, dk, dv = (x.transpose(0, 1)[None] for x in by_token)
-        return dq, dk, dv, None if scores.sinks is None else dsinks, None
+        return dq, dk, dv, dsinks, None
 
 
 def _by_token(x_BHSD: torch.Tensor) -> torch.Tensor:
