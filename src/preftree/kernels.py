@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 
 @cache
 def has_triton() -> bool:
@@ -23,3 +25,8 @@ def kernels_of(module: str) -> Any:
         if (error.name or "").startswith("preftree"):
             raise  # no such module here, whatever is installed
         return None
+
+
+def kernels_for(x: torch.Tensor, module: str) -> Any:
+    """`kernels_of` for where a tensor is: None on a CPU."""
+    return kernels_of(module) if x.is_cuda else None

@@ -51,8 +51,7 @@ def test_products(kernels, tokens, size, features, activation, dtype):
         out, both = by.up(x, weights, activation, True)
         grads, again = by.up_backward(grad, down, both, activation)
         rest = by.input_gradient(grads, weights), by.weight_gradients(grads, x), by.onto(again, down, x)
-        rest = *rest, by.weight_gradients(grads, x, weights.clone())
-        return out, both, grads, again, *rest
+        return out, both, grads, again, *rest, by.weight_gradients(grads, x, weights.clone())
 
     truth = products(products_formulas, *(given.float() for given in (x, weights, down, grad)))
     stock = products(products_formulas, x, weights, down, grad)

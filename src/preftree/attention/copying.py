@@ -6,7 +6,7 @@ import torch
 
 from preftree.attention.fa4 import TiledSums
 from preftree.attention.paths import TILE, PathPlan
-from preftree.kernels import kernels_of
+from preftree.kernels import kernels_for, kernels_of
 
 _KERNELS = "preftree.attention.copying_triton"
 
@@ -26,7 +26,7 @@ def _copy(
     num_keys: int,
     num_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kernels = kernels_of(_KERNELS) if k_SGD.is_cuda else None
+    kernels = kernels_for(k_SGD, _KERNELS)
     copied = []
     for x in (k_SGD, v_SGE):
         y = x.new_empty((num_keys, *x.shape[1:]))
@@ -62,7 +62,7 @@ def sum_pieces(
     x: torch.Tensor, sources: torch.Tensor, origins: torch.Tensor, num_tokens: int, length: int
 ) -> torch.Tensor:
     """``[K, G, D]`` to ``[length, G, D]``: to each of the row's tokens the sum of its copies."""
-    kernels = kernels_of(_KERNELS) if x.is_cuda else None
+    kernels = kernels_for(x, _KERNELS)
     y = x.new_empty((length, *x.shape[1:]))
     y[num_tokens:] = 0
     if kernels is not None:

@@ -92,8 +92,8 @@ def refusal(layer: Layer, capabilities: tuple[int, ...]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def capping(softcap: float, backward: bool = False) -> dict[str, Callable]:
-    """The kernels' arguments for a soft cap; 0 for none."""
+def capping(softcap: float | None, backward: bool = False) -> dict[str, Callable]:
+    """The kernels' arguments for a soft cap, or for none."""
     if not softcap:
         return {}
     from preftree.attention.flash_mask import softcap_functions

@@ -81,7 +81,7 @@ class _OnRow:
             learnable_sink=scores.sinks,
             pack_gqa=False,
             return_lse=True,
-            **fa4.capping(scores.softcap or 0.0),
+            **fa4.capping(scores.softcap),
             **mask,
         )
         return out_BSHE.transpose(1, 2), lse_BHS
@@ -98,7 +98,7 @@ class _OnRow:
                 lse_BHS,
                 softmax_scale=scores.scale,
                 learnable_sink=scores.sinks,
-                **fa4.capping(scores.softcap or 0.0, backward=True),
+                **fa4.capping(scores.softcap, backward=True),
                 **mask,
             )
         dsinks_H = None if scores.sinks is None else dsinks[0]

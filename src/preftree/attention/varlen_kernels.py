@@ -96,7 +96,7 @@ def fa4_forward(
         learnable_sink=scores.sinks,
         pack_gqa=False,
         return_lse=True,
-        **fa4.capping(scores.softcap or 0.0),
+        **fa4.capping(scores.softcap),
         **_arguments(plan, window, scores),
     )
     return out_SHE, lse_HT
@@ -115,7 +115,7 @@ def fa4_backward(
     options = {
         "learnable_sink": scores.sinks,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        **fa4.capping(scores.softcap or 0.0, backward=True),
+        **fa4.capping(scores.softcap, backward=True),
         **_arguments(plan, window, scores),
     }
     dq_SHD, dk_KGD, dv_KGE = (x.new_empty(x.shape) for x in (q_SHD, k_KGD, v_KGE))

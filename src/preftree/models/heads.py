@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from preftree.kernels import kernels_of
+from preftree.kernels import kernels_for
 from preftree.models import products, rms_norm
 from preftree.models.custom_ops import composite, fake, opaque
 
@@ -18,7 +18,7 @@ from preftree.models.custom_ops import composite, fake, opaque
     "float eps, ScalarType inner, Tensor cos, Tensor sin, bool wants_scales) -> (Tensor, Tensor)"
 )
 def _gradients(dq_BHSD, dk_BGSD, dv_BGSE, projected_BSE, *given):
-    kernels = kernels_of("preftree.models.rms_norm_triton") if projected_BSE.is_cuda else None
+    kernels = kernels_for(projected_BSE, rms_norm.KERNELS)
     compute = gradients if kernels is None else kernels.heads_gradients
     return compute(*(grad.transpose(1, 2) for grad in (dq_BHSD, dk_BGSD, dv_BGSE)), projected_BSE, *given)
 
@@ -69,13 +69,13 @@ def rotated(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Queries ``[B, H, S, D]`` and keys ``[B, G, S, D]``, of which there are ``counts``, normed and rotated."""
+    """Queries ``[B, S, H, D]`` and keys ``[B, S, G, D]``, of which there are ``counts``, normed and rotated."""
     sizes = [count * len(q_scale_D) for count in counts]
     parts = projected_BSE[..., : sum(sizes)].split(sizes, -1)
     return [
         rms_norm.rotate(
             rms_norm.scaled(part.unflatten(-1, (count, -1)), scale_D, eps, inner, part.dtype).transpose(1, 2), cos, sin
-        )
+        ).transpose(1, 2)
         for part, count, scale_D in zip(parts, counts, (q_scale_D, k_scale_D), strict=True)
     ]
 
@@ -90,11 +90,11 @@ class _NormedHeads(torch.autograd.Function):
         ctx.save_for_backward(x_ND, *weights, projected_BSE, q_scale_D, k_scale_D, cos, sin)
         ctx.eps, ctx.inner = eps, inner
         counts = [query.shape[0] // size, key.shape[0] // size]
-        kernels = kernels_of("preftree.models.rms_norm_triton") if projected_BSE.is_cuda else None
+        kernels = kernels_for(projected_BSE, rms_norm.KERNELS)
         compute = rotated if kernels is None else kernels.rotated_heads
         normed = compute(projected_BSE, counts, q_scale_D, k_scale_D, eps, inner, cos, sin)
         v_BSGE = projected_BSE[..., sum(counts) * size :].unflatten(-1, (-1, value_size))
-        return *normed, v_BSGE.transpose(1, 2)
+        return tuple(x.transpose(1, 2) for x in (*normed, v_BSGE))
 
     @staticmethod
     def backward(ctx, *grads):

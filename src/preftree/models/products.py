@@ -21,7 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import register_flop_formula
 
-from preftree.kernels import kernels_of
+from preftree.kernels import kernels_for, kernels_of
 from preftree.models import products_formulas
 from preftree.models.custom_ops import composite, fake, opaque
 
@@ -180,7 +180,7 @@ def _so_far(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 def _by(x: torch.Tensor) -> Any:
     """The kernels, or what they are to compute."""
-    return (kernels_of(_KERNELS) if x.is_cuda else None) or products_formulas
+    return kernels_for(x, _KERNELS) or products_formulas
 
 
 @opaque("gated_up(Tensor x, Tensor gate, Tensor up, str activation, bool keeps) -> (Tensor, Tensor)")
@@ -259,8 +259,7 @@ def _(grads_NE, weights):
 @opaque("weight_gradient(Tensor grads, Tensor x, Tensor[] weights) -> Tensor")
 def weight_gradient(grads_NE, x_ND, weights):
     """Of weights ``[E, D]`` behind each other, ``[sum of E, D]``: what they have so far included (`adding_to_gradients`)."""
-    so_far = _so_far(weights)
-    return grads_NE.T @ x_ND if so_far is None else so_far.addmm_(grads_NE.T, x_ND)
+    return products_formulas.weight_gradient(grads_NE, x_ND, _so_far(weights))
 
 
 @fake(weight_gradient)

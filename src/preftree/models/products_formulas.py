@@ -53,15 +53,16 @@ def input_gradient(grads_NF2: torch.Tensor, weights_F2D: torch.Tensor) -> torch.
     return torch.cat(_apart(grads_NF2), -1) @ weights_F2D
 
 
+def weight_gradient(grads_NE: torch.Tensor, x_ND: torch.Tensor, so_far_ED: torch.Tensor | None = None) -> torch.Tensor:
+    """Of weights ``[E, D]``; with gradients so far it is these that they are added to."""
+    return grads_NE.T @ x_ND if so_far_ED is None else so_far_ED.addmm_(grads_NE.T, x_ND)
+
+
 def weight_gradients(
     grads_NF2: torch.Tensor, x_ND: torch.Tensor, so_far_F2D: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Of the weights of gate and up, behind each other, ``[2 F, D]``, from those of gate and up in turns.
-
-    With gradients so far it is these that they are added to.
-    """
-    grads_F2N = torch.cat(_apart(grads_NF2), -1).T
-    return grads_F2N @ x_ND if so_far_F2D is None else so_far_F2D.addmm_(grads_F2N, x_ND)
+    """`weight_gradient` of gate and up, behind each other, ``[2 F, D]``, from their gradients in turns."""
+    return weight_gradient(torch.cat(_apart(grads_NF2), -1), x_ND, so_far_F2D)
 
 
 def onto(x_ND: torch.Tensor, weight_ED: torch.Tensor, residual_NE: torch.Tensor) -> torch.Tensor:

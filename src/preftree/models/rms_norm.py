@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from preftree.kernels import kernels_of
+from preftree.kernels import kernels_for
 from preftree.models.custom_ops import composite
 
+KERNELS = "preftree.models.rms_norm_triton"
 # Gradients that the kernel adds up itself.
 MOST_READERS = 3
 
@@ -58,7 +59,7 @@ class _RmsNormRotated(torch.autograd.Function):
 
 
 def _by(x: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    kernels = kernels_of("preftree.models.rms_norm_triton") if x.is_cuda else None
+    kernels = kernels_for(x, KERNELS)
     return gradients if kernels is None else kernels.gradients
 
 

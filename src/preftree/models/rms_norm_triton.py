@@ -269,28 +269,6 @@ def gradients(
 
 
 @torch.library.triton_op("preftree::rotated_heads", mutates_args=())
-def _rotated_heads(
-    projected_BSE: torch.Tensor,
-    counts: list[int],
-    q_scale_D: torch.Tensor,
-    k_scale_D: torch.Tensor,
-    eps: float,
-    inner: torch.dtype,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `heads.rotated`, token by token: ``[B, S, H, D]`` and ``[B, S, G, D]``."""
-    (batch, length, wide), width = projected_BSE.shape, q_scale_D.shape[0]
-    q_BSHD, k_BSGD = (projected_BSE.new_empty((batch, length, count, width)) for count in counts)
-    on_q, on_k = (max(1, _programs(projected_BSE.device) * count // sum(counts)) for count in counts)
-    torch.library.wrap_triton(_rotated_heads_kernel)[(on_q + on_k,)](
-        projected_BSE.contiguous(), q_scale_D.contiguous(), k_scale_D.contiguous(), q_BSHD, k_BSGD, batch * length,
-        *counts, on_q, on_k, wide, cos.contiguous(), sin.contiguous(),
-        width=width, **_constants(q_scale_D, eps, inner, width // 2),
-    )  # fmt: skip
-    return q_BSHD, k_BSGD
-
-
 def rotated_heads(
     projected_BSE: torch.Tensor,
     counts: list[int],
@@ -300,11 +278,17 @@ def rotated_heads(
     inner: torch.dtype,
     cos: torch.Tensor,
     sin: torch.Tensor,
-) -> list[torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `heads.rotated`."""
-    return [
-        x.transpose(1, 2) for x in _rotated_heads(projected_BSE, counts, q_scale_D, k_scale_D, eps, inner, cos, sin)
-    ]
+    (batch, length, wide), width = projected_BSE.shape, q_scale_D.shape[0]
+    q_BSHD, k_BSGD = (projected_BSE.new_empty((batch, length, count, width)) for count in counts)
+    on_q, on_k = (max(1, _programs(projected_BSE.device) * count // sum(counts)) for count in counts)
+    torch.library.wrap_triton(_rotated_heads_kernel)[(on_q + on_k,)](
+        projected_BSE.contiguous(), q_scale_D.contiguous(), k_scale_D.contiguous(), q_BSHD, k_BSGD, batch * length,
+        *counts, on_q, on_k, wide, cos.contiguous(), sin.contiguous(),
+        width=width, **_constants(q_scale_D, eps, inner, width // 2),
+    )  # fmt: skip
+    return q_BSHD, k_BSGD
 
 
 def heads_gradients(
