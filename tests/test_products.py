@@ -261,8 +261,8 @@ def test_compiled_layers_are_exact(name, monkeypatch):
 def two_rows(monkeypatch):
     """A function that sums gradients over two rows, and how many products have been asked to add to what is there."""
     monkeypatch.setattr(compiled, "_BACKEND", "aot_eager")
-    found, so_far = [], products._so_far
-    monkeypatch.setattr(products, "_so_far", lambda weights: found.append(so_far(weights)) or found[-1])
+    found, so_far = [], products.so_far
+    monkeypatch.setattr(products, "so_far", lambda weights: found.append(so_far(weights)) or found[-1])
     trees = [
         preftree.TokenTree.from_sequences(pair, [2, 2]) for pair in ([[1, 2, 3, 4], [1, 2, 5]], [[6, 7, 8], [6, 7]])
     ]
@@ -321,26 +321,26 @@ def test_gradients_of_another_kind_are_left_alone():
     memory = torch.zeros(9, 3)
     one, two = (nn.Parameter(torch.zeros(size, 3)) for size in (2, 3))
     with products.adding_to_gradients(True):
-        assert products._so_far([one, two]) is None
+        assert products.so_far([one, two]) is None
         one.grad, two.grad, _ = memory.split([2, 3, 4])
-        assert products._so_far([two, one]) is None
+        assert products.so_far([two, one]) is None
         with warnings.catch_warnings(action="error"):  # PyTorch warns of who asks others for gradients
-            assert products._so_far([one, two.clone()]) is None
+            assert products.so_far([one, two.clone()]) is None
         one.requires_grad_(False)
-        assert products._so_far([one, two]) is None
+        assert products.so_far([one, two]) is None
         one.requires_grad_()
         assert one.grad is not None
         assert two.grad is not None
         with products.adding_to_gradients(False):
-            assert products._so_far([one, two]) is None
-        taken = products._so_far([one, two])
+            assert products.so_far([one, two]) is None
+        taken = products.so_far([one, two])
         assert taken.data_ptr() == memory.data_ptr()
         assert taken.shape == (5, 3)
         assert one.grad is None
         assert two.grad is None
         two.grad = torch.zeros(3, 3)
-        assert products._so_far([one, two]) is None
+        assert products.so_far([one, two]) is None
         two.grad = torch.zeros(3, 3).to_sparse()
-        assert products._so_far([two]) is None
+        assert products.so_far([two]) is None
     two.grad = torch.zeros(3, 3)
-    assert products._so_far([two]) is None
+    assert products.so_far([two]) is None

@@ -6,15 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-# Columns that a program looks at together.
-_FORWARD_BLOCK = 2048
+# Columns that a program looks at together; forward, in so many parts of a row.
+_FORWARD_BLOCK, _PARTS = 2048, 4
 _BACKWARD_BLOCK = 4096
+# Stands for -inf where a difference to it must be a number. (Logits are never as low.)
+_LOW = tl.constexpr(-1e30)
 
 
 @triton.jit
 def _scores_kernel(
     logits, targets, log_z, token_logps, entropy, mean_logits, is_top1, log_sum_sq, stride, width,
-    STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
+    STATISTICS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row's scores from sums that each lane keeps against the largest logit that it has met.
 
@@ -22,42 +24,44 @@ def _scores_kernel(
     """
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
-    lane = tl.arange(0, BLOCK)
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    target = tl.load(targets + row)
+    before = target.to(tl.int32)
+    chosen = tl.load(logits + target).to(tl.float32)
+    lane = tl.arange(0, PARTS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    largest = tl.full([BLOCK], _LOW, tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)  # sum of e^(x - largest)
     moment = tl.zeros([BLOCK], tl.float32)  # sum of (x - largest) e^(x - largest)
     squares = tl.zeros([BLOCK], tl.float32)  # sum of e^(2 (x - largest))
     total = tl.zeros([BLOCK], tl.float32)
-    best = lane
-    for start in range(0, width, BLOCK):
+    ahead = tl.zeros([BLOCK], tl.int32)  # how many as large as the target's stand before it
+    for start in range(0, width, PARTS * BLOCK):
         column = start + lane
         inside = column < width
-        x = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(largest, x)
-        # Nothing but -inf so far: any finite number will do.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        fall = tl.where(largest == float("-inf"), 0.0, largest - base)
+        given = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.maximum(given, _LOW)
+        higher = tl.maximum(largest, tl.max(x, 0))
+        fall = largest - higher
         shrink = tl.exp(fall)
-        e = tl.exp(x - base)
+        below = x - higher[None, :]
+        e = tl.exp(below)
         if STATISTICS:
-            moment = (moment + mass * fall) * shrink + tl.where(e > 0, (x - base) * e, 0.0)
-            squares = squares * shrink * shrink + e * e
-            total += tl.where(inside, x, 0.0)
-            best = tl.where(x > largest, column, best)
-        mass = mass * shrink + e
+            moment = (moment + mass * fall) * shrink + tl.sum(below * e, 0)
+            squares = squares * shrink * shrink + tl.sum(e * e, 0)
+            total += tl.sum(tl.where(inside, given, 0.0), 0)
+            ahead += tl.sum(((given == chosen) & (column < before)).to(tl.int32), 0)
+        mass = mass * shrink + tl.sum(e, 0)
         largest = higher
     top = tl.max(largest, 0)
-    fall = tl.where(largest == float("-inf"), 0.0, largest - top)
+    fall = largest - top
     shrink = tl.exp(fall)
     z = tl.sum(mass * shrink, 0)
-    target = tl.load(targets + row)
     tl.store(log_z + row, top + tl.log(z))
-    tl.store(token_logps + row, (tl.load(logits + target).to(tl.float32) - top) - tl.log(z))
+    tl.store(token_logps + row, (chosen - top) - tl.log(z))
     if STATISTICS:
         tl.store(entropy + row, tl.log(z) - tl.sum((moment + mass * fall) * shrink, 0) / z)
         tl.store(mean_logits + row, tl.sum(total, 0) / width)
         tl.store(log_sum_sq + row, tl.log(tl.sum(squares * shrink * shrink, 0)) - 2 * tl.log(z))
-        tl.store(is_top1 + row, tl.min(tl.where(largest == top, best, width), 0) == target)
+        tl.store(is_top1 + row, (chosen == top) & (tl.sum(ahead, 0) == 0))
 
 
 @triton.jit
@@ -84,7 +88,7 @@ class _TokenScores(torch.autograd.Function):
         if count:
             _scores_kernel[(count,)](
                 logits_CV, targets_C, log_z_C, token_logps_C, entropy_C, mean_logits_C, is_top1_C, log_sum_sq_C,
-                logits_CV.stride(0), width, STATISTICS=statistics, BLOCK=_FORWARD_BLOCK, num_warps=8,
+                logits_CV.stride(0), width, STATISTICS=statistics, PARTS=_PARTS, BLOCK=_FORWARD_BLOCK, num_warps=8,
             )  # fmt: skip
         ctx.save_for_backward(logits_CV, targets_C, log_z_C)
         given = (entropy_C, mean_logits_C, is_top1_C, log_sum_sq_C)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from preftree.models import interface
+from preftree.models.tables import adding_where_they_lie
 from preftree.packing import PackedRow
 
 ATTRIBUTE = "_preftree"
@@ -97,7 +98,10 @@ class PreparedModel:
             and wanted.numel()
             and "output_router_logits" not in options
         )
-        with interface.activate(row, self.backend, self.contiguous, wanted if cut else None) as active:
+        with (
+            interface.activate(row, self.backend, self.contiguous, wanted if cut else None) as active,
+            adding_where_they_lie(self.model.get_input_embeddings()),
+        ):
             output = (forward or self.backbone)(
                 input_ids=row.input_ids[None],
                 attention_mask=torch.ones(1, len(row), dtype=torch.long, device=device),
@@ -157,7 +161,8 @@ class PreparedModel:
             placeholder = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
             extra = {"output_router_logits": False} if takes(self.model, "output_router_logits") else {}
             # (`squeeze`, not `[0]`: the gradient of an element is a tensor of zeros and a copy.)
-            return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits.squeeze(0)
+            with adding_where_they_lie(self.model.get_output_embeddings()):
+                return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits.squeeze(0)
         finally:
             if own is None:
                 del self.backbone.forward

@@ -141,6 +141,11 @@ def _behind_each_other(matrices: Sequence[torch.Tensor]) -> torch.Tensor | None:
 _adding = False
 
 
+def adding() -> bool:
+    """Whether `adding_to_gradients` is on."""
+    return _adding
+
+
 @contextlib.contextmanager
 def adding_to_gradients(on: bool) -> Iterator[None]:
     """While inside (if ``on``), backward passes add to the gradients that weights have already within the products.
@@ -156,14 +161,14 @@ def adding_to_gradients(on: bool) -> Iterator[None]:
         _adding = before
 
 
-def _so_far(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def so_far(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Gradients that weights have, as one matrix, which is taken from them: to be added to and given as their gradient.
 
     None where there is nothing to add to, or somebody watches what is added (hooks).
     """
     if not _adding:
         return None
-    if not all(weight.is_leaf and weight.requires_grad and not weight._backward_hooks for weight in weights):
+    if not all(_trained(weight) and not weight._backward_hooks for weight in weights):
         return None
     gradients = [weight.grad for weight in weights if type(weight.grad) is torch.Tensor]
     if len(gradients) < len(weights) or any(
@@ -176,6 +181,22 @@ def _so_far(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
         for weight in weights:
             weight.grad = None
     return together
+
+
+def placed(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
+    """Make a gradient a weight's first, ahead of what autograd would do at the end: None then, else the gradient as it is."""
+    if not _adding or weight.grad is not None or not _trained(weight) or _watched(weight):
+        return gradient
+    weight.grad = gradient
+    return None
+
+
+def _trained(weight: torch.Tensor) -> bool:
+    return weight.is_leaf and weight.requires_grad
+
+
+def _watched(weight: Any) -> bool:
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 def _by(x: torch.Tensor) -> Any:
@@ -216,7 +237,7 @@ def _(grads_NF2, gate_FD, up_FD):
 
 @opaque("gated_weight_gradients(Tensor grads, Tensor x, Tensor[] weights) -> Tensor")
 def _weight_gradients(grads_NF2, x_ND, weights):
-    return _by(grads_NF2).weight_gradients(grads_NF2, x_ND.contiguous(), _so_far(weights))
+    return _by(grads_NF2).weight_gradients(grads_NF2, x_ND.contiguous(), so_far(weights))
 
 
 @fake(_weight_gradients)
@@ -259,7 +280,7 @@ def _(grads_NE, weights):
 @opaque("weight_gradient(Tensor grads, Tensor x, Tensor[] weights) -> Tensor")
 def weight_gradient(grads_NE, x_ND, weights):
     """Of weights ``[E, D]`` behind each other, ``[sum of E, D]``: what they have so far included (`adding_to_gradients`)."""
-    return products_formulas.weight_gradient(grads_NE, x_ND, _so_far(weights))
+    return products_formulas.weight_gradient(grads_NE, x_ND, so_far(weights))
 
 
 @fake(weight_gradient)
