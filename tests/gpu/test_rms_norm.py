@@ -109,8 +109,11 @@ def test_rotated_heads(dtype, of_scale, batch, tokens, q_heads, groups, size, va
     scales, angles = [random(size).to(of_scale) for _ in range(2)], random(batch, 1, tokens, size)
     given = (projected, [q_heads, groups], *scales, 1e-6, dtype, angles.cos().to(dtype), angles.sin().to(dtype))
     kernels = kernels_of("preftree.models.rms_norm_triton")
-    for one, other in zip(kernels.rotated_heads(*given), heads.rotated(*given), strict=True):
+    double = (each.double() if isinstance(each, torch.Tensor) else each for each in given)
+    exact = heads.rotated(*(torch.float64 if each is dtype else each for each in double))
+    for one, other, true in zip(kernels.rotated_heads(*given), heads.rotated(*given), exact, strict=True):
         assert one.dtype == other.dtype
         assert one.shape == other.shape
-        error = float((one - other).float().norm() / other.float().norm())
-        assert error < (1e-6 if dtype == SINGLE else 1e-3)
+        # Where a product is added to another at once, it is not rounded before.
+        errors = [float((each - true).norm() / true.norm()) for each in (one, other)]
+        assert errors[0] < max(1.05 * errors[1], 1e-6)

@@ -133,7 +133,7 @@ def _rotated_rows(
     eps: tl.constexpr, width: tl.constexpr, INNER: tl.constexpr, PRODUCT: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of heads from ``first`` on, every ``step``, normed and rotated half by half; rounded where the formulas round."""
+    """Tiles of heads from ``first`` on, every ``step``, normed and rotated half by half; rounded no oftener than formulas."""
     column = tl.arange(0, BLOCK)[None, :]
     half = width // 2
     inside = column < half
