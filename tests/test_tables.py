@@ -10,6 +10,8 @@ from torch import nn
 import preftree
 from preftree.models import products, tables
 
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 TREES = [
     preftree.TokenTree.from_sequences(pair, [2, 2])
     for pair in ([[1, 2, 3, 4, 3], [1, 2, 3, 1]], [[6, 7, 8, 3], [6, 7, 0, 3, 3]], [[5, 0, 5], [5, 0, 6, 0]])
@@ -63,7 +65,8 @@ def test_tables_add_to_gradients(tied, chunk, padding, sums, monkeypatch):
         torch.testing.assert_close(grad, 2 * expected[name], rtol=1e-5, atol=2e-6)
 
 
-def test_rows_of_an_id_are_added_once():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
+def test_rows_of_an_id_are_added_once(device):
     """Ids in any order, again and again: their rows are added up before they are rounded to the table's type."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 9, (301,), generator=generator)
@@ -72,13 +75,13 @@ def test_rows_of_an_id_are_added_once():
         kept = ids != padding
         sums = torch.zeros(11, 5, dtype=torch.float64).index_add_(0, ids[kept], rows[kept].double())
         expected = (table.double() + sums.bfloat16().double()).bfloat16()
-        got = table.clone()
-        tables.add_rows(got, ids, rows, padding)
-        torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)
-        assert torch.equal(got[9:], table[9:])
-    nothing = table.clone()
-    tables.add_rows(nothing, ids[:0], rows[:0])
-    assert torch.equal(nothing, table)
+        got = table.to(device, copy=True)
+        tables.add_rows(got, ids.to(device), rows.to(device), padding)
+        torch.testing.assert_close(got.cpu(), expected, rtol=2**-7, atol=0)
+        assert torch.equal(got[9:].cpu(), table[9:])
+    nothing = table.to(device, copy=True)
+    tables.add_rows(nothing, ids[:0].to(device), rows[:0].to(device))
+    assert torch.equal(nothing.cpu(), table)
 
 
 @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
