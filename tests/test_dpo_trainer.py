@@ -303,8 +303,8 @@ def test_rows_add_to_gradients_within_products(model_path, monkeypatch):
     torch._dynamo.reset()
     plain = train("preftree", model_path, dataset(text_pairs(15)), own=SEVERAL_ROWS)
     monkeypatch.setattr(products, "serves", lambda *operands: True)
-    added, so_far = [], products._so_far
-    monkeypatch.setattr(products, "_so_far", lambda weights: added.append(so_far(weights)) or added[-1])
+    added, so_far = [], products.so_far
+    monkeypatch.setattr(products, "so_far", lambda weights: added.append(so_far(weights)) or added[-1])
     fast = train("preftree", model_path, dataset(text_pairs(15)), own=SEVERAL_ROWS | {"compile_layers": True})
     assert max(differences(plain, fast)) <= 1e-5
     assert any(each is not None for each in added)
