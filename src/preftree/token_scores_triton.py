@@ -54,7 +54,8 @@ def _scores_kernel(
     top = tl.max(largest, 0)
     fall = largest - top
     shrink = tl.exp(fall)
-    z = tl.sum(mass * shrink, 0)
+    # Where all is -inf there is no distribution.
+    z = tl.where(top > _LOW, tl.sum(mass * shrink, 0), float("nan"))
     tl.store(log_z + row, top + tl.log(z))
     tl.store(token_logps + row, (chosen - top) - tl.log(z))
     if STATISTICS:

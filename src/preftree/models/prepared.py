@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from preftree.models import interface
+from preftree.models.replaced import forward_replaced
 from preftree.models.tables import adding_where_they_lie
 from preftree.packing import PackedRow
 
@@ -155,19 +156,14 @@ class PreparedModel:
         The model's forward pass runs with its backbone replaced by these hidden states, so that whatever a family does
         between backbone and logits is done here too, by its own code.
         """
-        own = self.backbone.__dict__.get("forward")
-        self.backbone.forward = lambda *args, **kwargs: _HiddenStates(last_hidden_state=hidden_NH[None])
-        try:
-            placeholder = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
-            extra = {"output_router_logits": False} if takes(self.model, "output_router_logits") else {}
+        placeholder = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
+        extra = {"output_router_logits": False} if takes(self.model, "output_router_logits") else {}
+        with (
+            forward_replaced(self.backbone, lambda *_, **__: _HiddenStates(last_hidden_state=hidden_NH[None])),
+            adding_where_they_lie(self.model.get_output_embeddings()),
+        ):
             # (`squeeze`, not `[0]`: the gradient of an element is a tensor of zeros and a copy.)
-            with adding_where_they_lie(self.model.get_output_embeddings()):
-                return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits.squeeze(0)
-        finally:
-            if own is None:
-                del self.backbone.forward
-            else:
-                self.backbone.forward = own
+            return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits.squeeze(0)
 
 
 class _HiddenStates(BaseModelOutputWithPast):

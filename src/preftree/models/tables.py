@@ -7,8 +7,8 @@ zeros, is added to that of what is scored, where head and embedding are tied, an
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from preftree.models import products
+from preftree.models.replaced import forward_replaced
 
 
 class _Read(torch.autograd.Function):
@@ -105,15 +106,9 @@ def _function(table: Any) -> Callable[..., torch.Tensor] | None:
     return function if trained else None
 
 
-@contextlib.contextmanager
-def adding_where_they_lie(table: nn.Module | None) -> Iterator[None]:
+def adding_where_they_lie(table: nn.Module | None) -> AbstractContextManager[None]:
     """While inside, a model's embedding or head adds to its weight's gradient as this module's docstring says."""
     function = _function(table) if products.adding() and torch.is_grad_enabled() else None
     if table is None or function is None:
-        yield
-        return
-    table.forward = partial(function, table)
-    try:
-        yield
-    finally:
-        del table.forward
+        return nullcontext()
+    return forward_replaced(table, partial(function, table))
