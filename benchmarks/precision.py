@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=400 if CUDA else 60)
     parser.add_argument("--response", type=int, default=120 if CUDA else 20)
-    parser.add_argument("--learning-rate", type=float, default=1e-5 if CUDA else 1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-6 if CUDA else 1e-3)
     parser.add_argument("--out", type=Path, help="folder for a CSV")
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -6,9 +6,10 @@
 Each side runs in a process of its own, in turn, on the same random pairs: random weights on a GPU, SGD, a separate reference
 model, no activation checkpointing. "packed" is preftree with sharing switched off: what packing, compiled layers and scoring
 only the responses give without it. TRL runs as many pairs at once as fit, in several micro-batches if need be. The first
-steps of a case are not counted. "start_s" is a process's time up to the steps that count of its first case, imports and the
-making of weights and batches included; "first_step_s" is that of a case's first step. Lists of more than two responses are
-trained as all their pairs; TRL is given these one by one.
+steps of a case are not counted; before those that are, a GPU is brought to the heat of long training, for what is measured
+first would have a cooler card. "start_s" is a process's time up to the end of its first step, imports and the making of
+weights and batches included; "first_step_s" is that of a case's first step. Lists of more than two responses are trained as
+all their pairs; TRL is given these one by one.
 
 TFLOP/s count the products of what a side computes, padding left out: 2 operations a weight and token, 4 (head size) (heads)
 (layers) a visible pair, three times that with a backward pass. MFU is their share of the card's dense bf16 rate. On a GPU
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cards import heat
 from packing import MEDIANS
 from tables import draw, library_versions, write
 
@@ -42,6 +44,8 @@ ROOT = Path(__file__).parent.parent
 SIDES = ("trl", "packed", "preftree")
 # Dense bf16 TFLOP/s by the vendor.
 PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+# Seconds of products before the steps that count.
+HEATING = 5.0
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,7 @@ def run_side(
         if not micro:
             results.append(result | {"left_out": "out of memory"})
         else:
-            seconds, first, peak, compilations = measured
+            seconds, first, ended, peak, compilations = measured
             median = statistics.median(seconds)
             tflops = operations(case, cost, side) / median / 1e12
             result |= {"micro_batch": micro, "seconds": median, "pairs_per_s": case.pairs / median, "tflops": tflops}
@@ -287,7 +291,7 @@ def run_side(
             if profiled and cuda:
                 result |= profile_steps(trainer, case, micro, vocabulary)
             if not results:
-                result["start_s"] = time.time() - started - sum(seconds)
+                result["start_s"] = ended - started
             results.append(result)
         print({key: value for key, value in results[-1].items() if key != "kernels"}, file=sys.stderr, flush=True)
         del trainer
@@ -351,8 +355,8 @@ def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int) -> dict
 
 def timed_steps(
     trainer: Any, case: Case, micro: int, vocabulary: int, cuda: bool
-) -> tuple[list[float], float, float, int]:
-    """Seconds of the steps that count, of the first one, peak memory in GB, and graphs compiled after the third step."""
+) -> tuple[list[float], float, float, float, int]:
+    """Seconds of the steps that count, of the first one, when that ended, peak GB, and graphs compiled after the third."""
     import torch
     from torch._dynamo.utils import counters
 
@@ -368,12 +372,16 @@ def timed_steps(
             compiled = counters["stats"]["unique_graphs"]
         started = time.perf_counter()
         take_step(trainer, parts)
+        if cuda and number == 0:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        if number == 0:
+            ended = time.time()
         if cuda:
             if number == 0:
-                torch.cuda.synchronize()
+                heat(HEATING)
             ends.append(torch.cuda.Event(enable_timing=True))
             ends[-1].record()
-        seconds.append(time.perf_counter() - started)
     if cuda:
         torch.cuda.synchronize()
         seconds[1:] = [one.elapsed_time(other) / 1e3 for one, other in pairwise(ends)]
@@ -383,7 +391,7 @@ def timed_steps(
     # On a GPU the first step compiles, and the second may find a kernel that it has not seen.
     counted = seconds[2:] if cuda and len(seconds) > 3 else seconds[1:]
     later = counters["stats"]["unique_graphs"] - compiled if len(batches) > 3 else 0
-    return counted, seconds[0], peak, later
+    return counted, seconds[0], ended, peak, later
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

@@ -191,7 +191,7 @@ def test_heads_are_told_from_others(heads_of, expected, served, monkeypatch):
     monkeypatch.setattr(products, "serves", lambda *operands: served)
     given, value_size = example(dtype=torch.float32)
     mask = EveryToken()
-    handle = operator.register(mask)
+    handle = operator.register(mask, given[0].device)
 
     def function(*given):
         q, k, v, *beside = heads_of(*given, value_size)
@@ -209,7 +209,7 @@ def test_a_norm_keeps_the_copies_that_others_read(monkeypatch):
     monkeypatch.setattr(products, "serves", lambda *operands: True)
     given, value_size = example(dtype=torch.float32)
     mask = EveryToken()
-    handle, scale = operator.register(mask), torch.rand(given[0].shape[-1])
+    handle, scale = operator.register(mask, given[0].device), torch.rand(given[0].shape[-1])
 
     def function(x, *given):
         normed = norm(x, scale)

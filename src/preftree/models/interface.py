@@ -8,6 +8,7 @@ layer receives the row inside its mask, a layer that activation checkpointing ru
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ class RowMask:
         keys: keys and values of all tokens, for such a layer to attend to in place of its own.
         wants_keys: attention is not to be computed, its keys and values are thrown as `KeysReached`.
         handle: for compiled layers, the mask's number (see `operator`); None where attention has to stay outside.
+        at_wanted: the same at `ActiveRow.wanted` alone, from when a layer first asked for it.
     """
 
     active: ActiveRow
@@ -108,11 +110,18 @@ class RowMask:
     keys: tuple[torch.Tensor, torch.Tensor] | None = None
     wants_keys: bool = False
     handle: torch.Tensor | None = field(init=False, default=None)
+    at_wanted: RowMask | None = field(init=False, default=None)
 
     def __post_init__(self):
         self.active.masks.append(self)
         if not may_use_flex(self.active.backend, self.active.row.device):
-            self.handle = operator.register(self)
+            self.handle = operator.register(self, self.active.row.device)
+
+    def but(self, **changes: Any) -> RowMask:
+        """A copy under the same number, which lasts as long as this mask does."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
 
     def __call__(self, layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores):
         """Attention output ``[B, H, N, E]`` for the queries, keys and values of a layer, which is named in errors."""

@@ -67,11 +67,13 @@ def _at_wanted_tokens(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[
     def with_mask(given: Any, other: RowMask) -> Any:
         return other if given is mask else given
 
-    first = RowMask(mask.active, mask.attend, wants_keys=True)
+    first = mask.but(wants_keys=True)
     arguments = [with_mask(given, first) for given in args]
     keys = keys_of(layer)(layer, *arguments, **{name: with_mask(given, first) for name, given in kwargs.items()})
     mask.active.cut = True
-    second = RowMask(mask.active, _AtTokens(mask.attend, nodes), nodes, keys)
+    # One for all times: activation checkpointing runs the layer again, and compares what it is given.
+    mask.at_wanted = mask.at_wanted or RowMask(mask.active, _AtTokens(mask.attend, nodes), nodes)
+    second = mask.at_wanted.but(keys=keys)
 
     def cut(given: Any) -> Any:
         if isinstance(given, torch.Tensor):
@@ -92,6 +94,7 @@ def _cut(given: torch.Tensor, nodes: torch.Tensor, length: int) -> torch.Tensor:
 
 def _checkpoints_reentrantly(layer: Any) -> bool:
     """Whether activation checkpointing would lose the gradient of keys that are no argument of the layer."""
+    # Whether gradients are asked for says nothing: such a checkpoint runs the layer without them first.
     function = getattr(layer, "_gradient_checkpointing_func", None)
-    on = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+    on = getattr(layer, "gradient_checkpointing", False) and layer.training
     return bool(on and function is not None and getattr(function, "keywords", {}).get("use_reentrant", True))

@@ -1,8 +1,9 @@
 """A row's attention as one operator: what compiled layers call, opaque to the compiler.
 
-A layer is compiled once for all rows, so its code may not hold a row. It gets a number instead, as a tensor: the mask of that
-number is looked up when the operator runs, in the forward and in the backward pass. What one keeps for the other goes through
-the compiled code as its own tensors do, so that activation checkpointing drops and makes it again like all else.
+A layer is compiled once for all rows, so its code may not hold a row. It gets a number instead, as the length of an empty
+tensor: the mask of that number is looked up when the operator runs, in the forward and in the backward pass. What one keeps
+for the other goes through the compiled code as its own tensors do, so that activation checkpointing drops and makes it again
+like all else.
 """
 
 from __future__ import annotations
@@ -34,18 +35,23 @@ class Mask(Protocol):
 
 
 _masks: WeakValueDictionary[int, Mask] = WeakValueDictionary()
-_numbers = count()
+# Lengths that are equal in one call are taken for the same symbol: no other tensor is as long as these.
+_numbers = count(2**40)
 
 
-def register(mask: Mask) -> torch.Tensor:
-    """The number under which the operator finds a mask, for as long as somebody holds it: int64, on the CPU."""
+def register(mask: Mask, device: torch.device) -> torch.Tensor:
+    """``[0, number]``, by which the operator finds a mask for as long as somebody holds it.
+
+    A length and not a value, so that it lies on the layer's device and nobody waits for it. With a tensor on the CPU among its
+    arguments, the compiler takes what an operator returns for unaligned, and reads it one number at a time.
+    """
     number = next(_numbers)
     _masks[number] = mask
-    return torch.tensor(number, device="cpu")
+    return torch.empty(0, number, device=device)
 
 
 def _find(handle: torch.Tensor) -> Mask:
-    mask = _masks.get(int(handle))
+    mask = _masks.get(handle.shape[1])
     if mask is None:
         raise RuntimeError(
             "the row of this backward pass is gone: it is kept by the hidden states of its forward pass, which nothing "
@@ -136,7 +142,7 @@ def row_attention(
     """Attention output ``[B, H, N, E]``, token by token in memory.
 
     Args:
-        handle: the mask's number, see `register`.
+        handle: ``[0, number]``, see `register`.
         scale, softcap, sinks, bias: see `Scores`.
         layer: its name, for errors.
     """
