@@ -8,7 +8,7 @@ import torch
 
 
 def heat(seconds: float) -> None:
-    """Products without a pause, which a card at rest would run faster than one that has trained for minutes."""
+    """Products without a pause: a card at rest would run what follows faster than one that has trained for minutes."""
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     until = time.monotonic() + seconds
     while time.monotonic() < until:

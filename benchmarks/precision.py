@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=8, help="a step")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first seed, where several processes share them")
     parser.add_argument("--prompt", type=int, default=400 if CUDA else 60)
     parser.add_argument("--response", type=int, default=120 if CUDA else 20)
     parser.add_argument("--learning-rate", type=float, default=1e-6 if CUDA else 1e-3)
@@ -121,7 +122,7 @@ def main() -> None:
     head = f"{options.model}; {versions()}{library_versions()}"
     print(head)
     rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
+    for seed in range(options.first, options.first + options.seeds):
         data = pairs(options.steps * options.pairs, options.prompt, options.response, seed)
         held_out = pairs(16, options.prompt, options.response, 100 + seed)
         losses, logps = {}, {}

@@ -44,8 +44,8 @@ ROOT = Path(__file__).parent.parent
 SIDES = ("trl", "packed", "preftree")
 # Dense bf16 TFLOP/s by the vendor.
 PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
-# Seconds of products before the steps that count.
-HEATING = 5.0
+# Seconds of products before the steps that count, in a side's first case and in the others.
+HEATING = (5.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def run_side(
         del result["lengths"]
         while micro:
             try:
-                measured = timed_steps(trainer, case, micro, vocabulary, cuda)
+                measured = timed_steps(trainer, case, micro, vocabulary, HEATING[bool(results)] if cuda else None)
                 break
             except RuntimeError as error:
                 # Out of memory, or in TRL whatever a library makes of batches that are too large for it.
@@ -354,12 +354,16 @@ def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int) -> dict
 
 
 def timed_steps(
-    trainer: Any, case: Case, micro: int, vocabulary: int, cuda: bool
+    trainer: Any, case: Case, micro: int, vocabulary: int, heating: float | None
 ) -> tuple[list[float], float, float, float, int]:
-    """Seconds of the steps that count, of the first one, when that ended, peak GB, and graphs compiled after the third."""
+    """Seconds of the steps that count, of the first one, when that ended, peak GB, and graphs compiled after the third.
+
+    ``heating``: seconds of it before the steps that count, on a GPU; None without one.
+    """
     import torch
     from torch._dynamo.utils import counters
 
+    cuda = heating is not None
     batches = collate(trainer, case, micro, vocabulary)
     if cuda:
         torch.cuda.synchronize()
@@ -377,9 +381,9 @@ def timed_steps(
         seconds.append(time.perf_counter() - started)
         if number == 0:
             ended = time.time()
+            if heating is not None:
+                heat(heating)
         if cuda:
-            if number == 0:
-                heat(HEATING)
             ends.append(torch.cuda.Event(enable_timing=True))
             ends[-1].record()
     if cuda:

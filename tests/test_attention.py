@@ -23,6 +23,7 @@ from preftree.attention import (
     passes,
     varlen_kernels,
 )
+from preftree.attention.blocks import key_lists, nodes_of, query_lists
 from preftree.attention.copying import copy_to_paths
 from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
 from preftree.attention.paths import plan_paths
@@ -236,10 +237,8 @@ def test_flex_makes_masks_of_known_rules_once():
 @pytest.mark.parametrize("name", ["causal", "window", "chunk"])
 def test_what_flash_reads_of_the_row(name):
     row = random_row(4, stretch=3)
-    sizes = ((128, 64), (64, 16))
-    tables = flash._tables(row, RULES[name], sizes, torch.Size((1, 3)))
-    nodes, *lists = tables
-    assert all(each.shape[:2] == (1, 3) and torch.equal(each[0, 0], each[0, 2]) for each in lists)
+    nodes = nodes_of(row, RULES[name])
+    lists = [*key_lists(row, RULES[name], 128, 64), *query_lists(row, RULES[name], 64, 16)]
     assert nodes.dtype == torch.int32
     assert nodes.is_contiguous()
     # Tiles reach behind the row's end.
@@ -261,7 +260,7 @@ def test_what_flash_reads_of_the_row(name):
         full = [i for i, cell in enumerate(cells) if cell.numel() == 64 * 16 and cell.all()]
         assert full_indices[j][: full_counts[j]] == full
         assert indices[j][: counts[j]] == [i for i, cell in enumerate(cells) if cell.any() and i not in full]
-    assert flash._tables(row, RULES[name], sizes, torch.Size((1, 3))) is tables
+    assert nodes_of(row, RULES[name]) is nodes
 
 
 # What FlashAttention-4 on a Hopper GPU takes.

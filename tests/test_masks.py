@@ -8,7 +8,7 @@ from oracle import random_row, seen_by_walking_up
 
 import preftree
 from preftree.attention import mask as mask_module
-from preftree.attention.blocks import block_lists
+from preftree.attention.blocks import block_lists, two_runs
 from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window, visible_blocks, visible_nodes
 from preftree.packing import empty_row
 
@@ -204,3 +204,48 @@ def test_block_lists_against_python_lists(shape, density):
         # Kernels may fetch an entry ahead.
         for indices in (lists.partial_indices, lists.full_indices):
             assert 0 <= int(indices.min()) <= int(indices.max()) < columns
+
+
+def shallow_row(seed, spare):
+    """Prompts with responses, of which the first, or what it is a response to, has more than one end; and sequences alone."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(most):
+        return torch.randint(
+            0, 9, (int(torch.randint(1, most, (), generator=generator)),), generator=generator
+        ).tolist()
+
+    trees = []
+    for number in range(4):
+        prompt = draw(30)
+        members = [[*prompt, 10 + branch, *draw(20)] for branch in range(1 + (seed + number) % 4)]
+        members += [[*members[0], 20 + branch, *draw(20)] for branch in range(number % 3)]
+        trees.append(preftree.TokenTree.from_sequences(members, [len(prompt)] * len(members)))
+    return preftree.pack(trees, sum(map(len, trees)) + spare)[0]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(("seed", "spare"), [(0, 0), (1, 1), (2, 37), (3, 5)])
+def test_two_runs_are_what_queries_see(seed, spare, name):
+    rule, allowed = KNOWN[name]
+    row = shallow_row(seed, spare)
+    runs = two_runs(row, rule)
+    assert runs.dtype == torch.int32
+    # Tiles reach behind the row's end.
+    assert runs.shape[1] >= len(row) + 192
+    visible = seen_by_walking_up(row, allowed)
+    for query, (start, stop, second) in enumerate(runs[:, : len(row)].T.tolist()):
+        assert [*range(start, stop), *range(second, query + 1)] == visible[query].nonzero().flatten().tolist()
+    assert two_runs(row, rule) is runs
+
+
+def test_paths_in_three_pieces_are_not_two_runs():
+    """Below a second response that branches."""
+    members = [[1, 2, 3], [1, 4, 5, 6], [1, 4, 7]]
+    tree = preftree.TokenTree.from_sequences(members, [1] * 3)
+    for rule in (CAUSAL, sliding_window(2)):
+        row = preftree.pack([tree])[0]
+        assert two_runs(row, rule) is None
+        assert two_runs(row, rule) is None
+    row = empty_row(5)
+    assert two_runs(row, CAUSAL)[:, :5].tolist() == [[0] * 5, [0] * 5, [0, 1, 2, 3, 4]]

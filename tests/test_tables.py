@@ -98,6 +98,18 @@ def test_gradients_that_somebody_watches_come_from_autograd(tied, kind):
     assert seen == [model.lm_head.weight.shape] * len(TREES) * len(weights)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gradients_that_lie_otherwise_are_added_to(tied):
+    """Column by column, as no product writes them: what is there before stays in the sum."""
+    model = model_of(tied)
+    expected = gradients(copy.deepcopy(model), on=False)
+    weights = {"lm_head.weight": model.lm_head.weight, "model.embed_tokens.weight": model.model.embed_tokens.weight}
+    for weight in weights.values():
+        weight.grad = torch.ones(weight.shape[::-1]).t()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, expected[name] + (name in weights), rtol=1e-5, atol=1e-6)
+
+
 class _Scaled(nn.Embedding):
     def forward(self, input):
         return 3 * super().forward(input)

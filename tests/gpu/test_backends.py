@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import preftree
-from preftree.attention import BACKENDS, Layer, Scores, TreeAttention, choose_backend, varlen_kernels
-from preftree.attention.blocks import key_lists, nodes_of, query_lists
+from preftree.attention import BACKENDS, Layer, Scores, TreeAttention, choose_backend, flash_parts, varlen_kernels
+from preftree.attention.blocks import key_lists, nodes_of, query_lists, two_runs
 from preftree.attention.copying import copy_to_paths
 from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
 from preftree.attention.paths import plan_paths
@@ -28,8 +28,11 @@ RULES = {
 }
 
 
-def long_row(length, seed=0):
-    """A row of trees with runs of up to a few hundred tokens, padded to ``length``, the last tree deeper than others."""
+def long_row(length, seed=0, deep=False):
+    """A row of trees with runs of up to a few hundred tokens, padded to ``length``.
+
+    What a query sees are two runs of keys, or if ``deep`` sometimes more.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def integer(low, high):
@@ -43,6 +46,8 @@ def long_row(length, seed=0):
         prompt = draw(integer(5, min(length // 3, 300)))
         members = [[*prompt, 10 + branch, *draw(integer(3, min(length // 5, 200)))] for branch in range(integer(1, 5))]
         members += [[*members[0], 20, *draw(9)], [*members[0], 21, *draw(7)]]
+        if deep:
+            members += [[*prompt, 30, *draw(5), 40 + branch, *draw(integer(1, 40))] for branch in range(3)]
         tree = preftree.TokenTree.from_sequences(members, [len(prompt)] * len(members))
         if used + len(tree) > length - 3:
             if trees:
@@ -86,6 +91,7 @@ CASES = [
     ("varlen-torch", "64-mha", "window", ""),
     *[(backend, "128", rule, "alone") for backend in ("varlen", "varlen-torch") for rule in ("causal", "window")],
     ("flash", "128", "causal", "alone"),
+    *[("flash", shape, rule, "deep") for shape in ("64-mha", "128", "256") for rule in ("causal", "window")],
     ("varlen-torch", "256", "causal", "fp16"),
     *[("flex", shape, "causal", "") for shape in ("128", "three-groups", "small-values", "mla")],
     *[("flex", "128", rule, "") for rule in ("window", "chunk", "other")],
@@ -106,7 +112,8 @@ def test_backend_agrees_with_dense(backend, shape, rule, special, monkeypatch):
         monkeypatch.setattr(varlen_kernels, "fa4_refusal", lambda layer: "not wanted here")
     heads, groups, size, value_size = SHAPES[shape]
     for length in (130, 1111):
-        row = unshared_row(length) if special == "alone" else long_row(length)
+        row = unshared_row(length) if special == "alone" else long_row(length, deep=special == "deep")
+        assert (two_runs(row, RULES["causal"]) is None) == (special == "deep")
         generator = torch.Generator("cuda").manual_seed(0)
         torch.full((1 << 24,), float("nan"), device="cuda")  # what memory holds that nobody writes to
 
@@ -140,6 +147,23 @@ def test_backend_agrees_with_dense(backend, shape, rule, special, monkeypatch):
         for name, truth, by_dense, found in zip(("out", "dq", "dk", "dv", "dsinks"), exact, dense, other, strict=False):
             error, allowed = (found - truth).norm(), (by_dense - truth).norm()
             assert error <= 2 * allowed + 1e-3 * truth.norm(), (name, length, float(error), float(allowed))
+
+
+def test_tree_kernels_are_made_of_parts_of_our_own():
+    """A release that they do not fit runs on with the library's, slower: the one that is installed here is to take them."""
+    row = long_row(300)
+    q = torch.randn(1, 300, 2, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    if (reason := BACKENDS["flash"].refusal(Layer.of(q, q, q, CAUSAL, Scores(1.0)))) is not None:
+        pytest.skip(reason)
+    found = [(module.__name__.rpartition(".")[2], name) for module, name, _ in flash_parts.parts()]
+    assert found == [
+        ("flash_bwd_sm90", "SingleTileScheduler"),
+        ("flash_fwd_sm90", "AttentionMask"),
+        ("flash_bwd_sm90", "AttentionMask"),
+    ]
+    before = [getattr(module, name) for module, name, _ in flash_parts.parts()]
+    TreeAttention(row, CAUSAL, "flash")(q, q, q, Scores(1.0))
+    assert [getattr(module, name) for module, name, _ in flash_parts.parts()] == before
 
 
 @pytest.mark.parametrize("backend", ["varlen", "flash"])

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from preftree.attention.mask import Rule, visible_blocks
+from preftree.attention.paths import query_blocks
 from preftree.kernels import kernels_of
 from preftree.packing import PackedRow
+from preftree.transfer import send
 
 # The longest of the kernels' tiles: the last one reaches so far behind the row's end at most.
 LAST_TILE = 192
@@ -60,6 +62,39 @@ def nodes_of(row: PackedRow, rule: Rule) -> torch.Tensor:
             nodes = torch.stack((row.end, row.position_ids, rule.lowest(row.position_ids))).to(torch.int32)
             row.derived[key] = torch.nn.functional.pad(nodes, (0, LAST_TILE + -len(row) % LAST_TILE))
     return row.derived[key]
+
+
+def two_runs(row: PackedRow, rule: Rule) -> torch.Tensor | None:
+    """Where the keys that each query sees under a `known` rule are two runs of nodes, as in every pair: these runs.
+
+    Returns:
+        Int32 ``[3, S + ...]``, filled up as `nodes_of` is: start and stop of the first run, start of the second, which ends
+        with the query itself. None if some query's path is in more pieces.
+    """
+    key = ("two runs", rule.key)
+    if key not in row.derived:
+        row.derived[key] = _two_runs(row, rule)
+    return row.derived[key]
+
+
+def _two_runs(row: PackedRow, rule: Rule) -> torch.Tensor | None:
+    blocks = query_blocks(row.runs)
+    if any(len(block.above) > 1 for block in blocks):
+        return None
+    above = [block.above[0] if block.above else (block.start, block.start) for block in blocks]
+    of_block = torch.tensor([(*run, block.start) for run, block in zip(above, blocks, strict=True)], dtype=torch.int32)
+    lengths = torch.tensor([block.stop - block.start for block in blocks], dtype=torch.long)
+    runs = torch.zeros(3, len(row) + LAST_TILE + -len(row) % LAST_TILE, dtype=torch.int32)
+    runs[2] = torch.arange(runs.shape[1])  # padding sees itself
+    runs[:, : row.num_tokens] = of_block.view(-1, 3).repeat_interleave(lengths, 0).T
+    (runs,) = send([runs], row.device)
+    if rule.causal:
+        return runs
+    # A run's positions follow each other: as many of its first keys are hidden as there are positions before the lowest.
+    _, positions, lowest = nodes_of(row, rule)
+    first, stop, second = runs
+    hidden = [(lowest - positions[start]).clamp(min=0) for start in (first, second)]
+    return torch.stack((torch.minimum(first + hidden[0], stop), stop, second + hidden[1]))
 
 
 def key_lists(row: PackedRow, rule: Rule, query_block: int, key_block: int) -> BlockLists:

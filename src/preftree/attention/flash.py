@@ -6,12 +6,13 @@ kernel, take the rule in a cheaper form (`flash_mask`), and leave out what FlexA
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from preftree.attention import fa4
-from preftree.attention.blocks import BlockLists, key_lists, nodes_of, query_lists
+from preftree.attention.blocks import BlockLists, key_lists, nodes_of, query_lists, two_runs
+from preftree.attention.flash_parts import own_parts
 from preftree.attention.layer import Layer
 from preftree.attention.mask import Rule
 from preftree.attention.passes import Gradients, differentiable
@@ -42,21 +43,6 @@ def block_sizes(size: int, value_size: int) -> tuple[tuple[int, int], tuple[int,
     return (128, 80), (64, 64)
 
 
-def _tables(
-    row: PackedRow, rule: Rule, sizes: tuple[tuple[int, int], tuple[int, int]], heads: torch.Size
-) -> list[torch.Tensor]:
-    """What the kernels need to know of the row, for batch and heads: in each layer the library would expand it to them.
-
-    `blocks.nodes_of`; the `BlockLists` of query blocks, for the forward pass, and of key blocks, for the backward pass.
-    """
-    key = ("flash", rule.key, sizes, heads)
-    if key not in row.derived:
-        forward, backward = sizes
-        lists = *key_lists(row, rule, *forward), *query_lists(row, rule, *backward)
-        row.derived[key] = [nodes_of(row, rule), *(each.expand(*heads, *each.shape[2:]) for each in lists)]
-    return row.derived[key]
-
-
 def bind(row: PackedRow, rule: Rule):
     """Attention by FlashAttention-4 on this row; made for long rows, at its best from some thousand tokens on."""
     return _OnRow(row, rule)
@@ -73,22 +59,23 @@ class _OnRow:
 
     def forward(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
         mask, _ = self._masks(q_BHSD, v_BGSE)
-        out_BSHE, lse_BHS, *_ = fa4.kernels()._flash_attn_fwd(
-            q_BHSD.transpose(1, 2),
-            k_BGSD.transpose(1, 2),
-            v_BGSE.transpose(1, 2),
-            softmax_scale=scores.scale,
-            learnable_sink=scores.sinks,
-            pack_gqa=False,
-            return_lse=True,
-            **fa4.capping(scores.softcap),
-            **mask,
-        )
+        with own_parts():
+            out_BSHE, lse_BHS, *_ = fa4.kernels()._flash_attn_fwd(
+                q_BHSD.transpose(1, 2),
+                k_BGSD.transpose(1, 2),
+                v_BGSE.transpose(1, 2),
+                softmax_scale=scores.scale,
+                learnable_sink=scores.sinks,
+                pack_gqa=False,
+                return_lse=True,
+                **fa4.capping(scores.softcap),
+                **mask,
+            )
         return out_BSHE.transpose(1, 2), lse_BHS
 
     def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> Gradients:
         _, mask = self._masks(q_BHSD, v_BGSE)
-        with _order():
+        with own_parts():
             dq_BSHD, dk_BSGD, dv_BSGE, *dsinks = fa4.kernels()._flash_attn_bwd(
                 q_BHSD.transpose(1, 2),
                 k_BGSD.transpose(1, 2),
@@ -106,38 +93,35 @@ class _OnRow:
 
     def _masks(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor) -> list[dict]:
         """`_mask` of the forward and of the backward pass, made once for layers of these shapes."""
-        shape = (q_BHSD.shape[:2], q_BHSD.shape[-1], v_BGSE.shape[-1])
-        key = ("flash masks", self.rule.key, shape)
-        if key not in self.row.derived:
-            sizes = block_sizes(*shape[1:])
-            nodes, *lists = _tables(self.row, self.rule, sizes, shape[0])
-            self.row.derived[key] = [
-                _mask(nodes, part, list(size), not self.rule.causal)
-                for part, size in zip((lists[:4], lists[4:]), sizes, strict=True)
+        row, rule = self.row, self.rule
+        heads, sizes = q_BHSD.shape[:2], block_sizes(q_BHSD.shape[-1], v_BGSE.shape[-1])
+        key = ("flash masks", rule.key, heads, sizes)
+        if key not in row.derived:
+            from preftree.attention.flash_mask import tree_mask, tree_mask_from, tree_mask_of_two
+
+            nodes, runs = nodes_of(row, rule), two_runs(row, rule)
+            by_keys = (tree_mask, nodes[:1]) if rule.causal else (tree_mask_from, nodes)
+            by_queries = by_keys if runs is None else (tree_mask_of_two, runs)
+            # Blocks of the backward kernels lie transposed in registers, but for large heads.
+            backward = by_keys if q_BHSD.shape[-1] <= 128 else by_queries
+            row.derived[key] = [
+                _mask(*by_queries, key_lists(row, rule, *sizes[0]), sizes[0], heads),
+                _mask(*backward, query_lists(row, rule, *sizes[1]), sizes[1], heads),
             ]
-        return self.row.derived[key]
+        return row.derived[key]
 
 
-def _mask(nodes: torch.Tensor, lists: list[torch.Tensor], sizes: list[int], from_lowest: bool) -> dict:
-    """The rule as arguments of the kernels; they read the rows of ``nodes`` by address."""
+def _mask(
+    function: Any, arrays: torch.Tensor, lists: BlockLists, sizes: tuple[int, int], heads: torch.Size
+) -> dict[str, Any]:
+    """The rule as arguments of the kernels, which read each of the arrays by address; the row keeps them."""
     from cutlass import Int64
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    from preftree.attention.flash_mask import tree_mask, tree_mask_from
-
-    first, step = nodes.data_ptr(), nodes.stride(0) * nodes.element_size()
+    # For batch and heads: in each layer the library would expand them to these.
+    expanded = BlockLists(*(each.expand(*heads, *each.shape[2:]) for each in lists))
     return {
-        "mask_mod": tree_mask_from if from_lowest else tree_mask,
-        # Ends, and for a window positions and the lowest visible one.
-        "aux_scalars": tuple(Int64(first + step * place) for place in range(3 if from_lowest else 1)),
-        "block_sparse_tensors": BlockSparseTensorsTorch(*BlockLists(*lists), block_size=(sizes[0], sizes[1])),
+        "mask_mod": function,
+        "aux_scalars": tuple(Int64(array.data_ptr()) for array in arrays),
+        "block_sparse_tensors": BlockSparseTensorsTorch(*expanded, block_size=sizes),
     }
-
-
-def _order() -> AbstractContextManager[None]:
-    """`flash_order`, or the library's own order in a release whose scheduler is not the one that it knows."""
-    try:
-        from preftree.attention.flash_order import heads_together
-    except ImportError:
-        return nullcontext()
-    return heads_together()

@@ -20,7 +20,9 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from flash_attn.cute.utils import scalar_to_ssa
 
-_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+# All that kernels with these masks are made of, see `flash_parts`.
+_OWN = ("flash_mask", "flash_bits", "flash_order")
+_SOURCE = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _OWN)).hexdigest()
 
 
 def _told_apart(function, name):
@@ -48,8 +50,14 @@ def _load(address: Int64, *, loc=None, ip=None) -> Int32:
 
 
 @cute.jit
+def load(base, index):
+    """The int32 of an index, in an array that begins at an address."""
+    return _load(Int64(base) + Int64(index) * 4)
+
+
+@cute.jit
 def _at(base, index):
-    return scalar_to_ssa(_load(Int64(base) + Int64(index[0]) * 4), Int32)
+    return scalar_to_ssa(load(base, index[0]), Int32)
 
 
 @cute.jit
@@ -65,7 +73,16 @@ def tree_mask_from(batch, head, query, key, seqlen_info, tensors, scalars):
     return (key <= query) & (query < _at(scalars[0], key)) & seen
 
 
+@cute.jit
+def tree_mask_of_two(batch, head, query, key, seqlen_info, tensors, scalars):
+    """Where a query sees two runs of keys, the second up to itself; ``scalars``: addresses of the first run's start and stop
+    and of the second run's start."""
+    above = (key >= _at(scalars[0], query)) & (key < _at(scalars[1], query))
+    return above | ((key >= _at(scalars[2], query)) & (key <= query))
+
+
 _told_apart(tree_mask, "tree_mask")
+_told_apart(tree_mask_of_two, "tree_mask_of_two")
 _told_apart(tree_mask_from, "tree_mask_from")
 
 

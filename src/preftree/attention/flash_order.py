@@ -10,18 +10,12 @@ Importing this module needs flash-attn-4.
 
 # No `from __future__ import annotations`: CuTe DSL reads annotations as they are.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
-from flash_attn.cute import flash_bwd_sm90
 from flash_attn.cute.tile_scheduler import SingleTileScheduler, WorkTileInfo
 
 _MOST_HEADS = 8
-_lock = Lock()
 
 
 class HeadsTogether(SingleTileScheduler):
@@ -52,18 +46,3 @@ class HeadsTogether(SingleTileScheduler):
         scheduler = HeadsTogether(*parts, loc=self._loc)
         scheduler._is_first_block = self._is_first_block
         return scheduler
-
-
-@contextmanager
-def heads_together() -> Iterator[None]:
-    """Backward kernels that are compiled within take key blocks in this order; those of other callers keep theirs.
-
-    A kernel that is compiled stays in the library's cache under its mask: only calls with preftree's masks find it.
-    """
-    with _lock:
-        before = flash_bwd_sm90.SingleTileScheduler
-        flash_bwd_sm90.SingleTileScheduler = HeadsTogether
-        try:
-            yield
-        finally:
-            flash_bwd_sm90.SingleTileScheduler = before

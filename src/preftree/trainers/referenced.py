@@ -62,11 +62,11 @@ class ReferencedTrainer(TreeTrainer):
         """The reference: a second model, or the policy with its adapter off (or the adapter it started from on)."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
             stack.enter_context(self.accelerator.autocast())
             model = self.ref_model
             if model is None:
                 model = self.model
+                stack.enter_context(disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs))
                 peft_model = self.accelerator.unwrap_model(self.model)
                 if hasattr(peft_model, "disable_adapter"):
                     adapter = "ref" if "ref" in peft_model.peft_config else None
