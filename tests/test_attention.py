@@ -19,6 +19,7 @@ from preftree.attention import (
     choose_backend,
     fa4,
     flash,
+    flash_trial,
     flex,
     passes,
     varlen_kernels,
@@ -261,6 +262,52 @@ def test_what_flash_reads_of_the_row(name):
         assert full_indices[j][: full_counts[j]] == full
         assert indices[j][: counts[j]] == [i for i, cell in enumerate(cells) if cell.any() and i not in full]
     assert nodes_of(row, RULES[name]) is nodes
+
+
+@pytest.mark.parametrize(("heads", "sizes"), [((4, 2), (16, 16)), ((3, 3), (24, 8))])
+@pytest.mark.parametrize("backend", ["dense", "varlen"])
+def test_trials_find_right_what_autograd_gives(backend, heads, sizes):
+    row = flash_trial.trial_row(torch.device("cpu"))
+    assert len(row) > row.num_tokens > 3 * 96
+    found = flash_trial.errors(TreeAttention(row, CAUSAL, backend), row, torch.float32, heads, sizes)
+    assert len(found) == 4
+    assert max(found) < 1e-5
+
+
+@pytest.mark.parametrize("wrong", [None, "out", "dq", "dk", "dv", "nan", "raises", "not there"])
+def test_masks_as_bits_are_tried_once(wrong, monkeypatch):
+    """By the numbers that come out of the passes; the library's own masks serve where these are wrong."""
+    calls = []
+
+    class OnRow(flash._OnRow):
+        def forward(self, *given):
+            calls.append(self.bits)
+            if wrong == "raises":
+                raise RuntimeError("no such part")
+            out, lse = TreeAttention(self.row, self.rule, "dense").forward(*given)
+            return out * {"out": 1.1, "nan": torch.nan}.get(wrong, 1), lse
+
+        def backward(self, *given):
+            *gradients, sinks, bias = TreeAttention(self.row, self.rule, "dense").backward(*given)
+            return (
+                *(x * (1 + 0.1 * (wrong == name)) for name, x in zip(("dq", "dk", "dv"), gradients, strict=True)),
+                sinks,
+                bias,
+            )
+
+    monkeypatch.setattr(flash, "_OnRow", OnRow)
+    monkeypatch.setattr(flash, "masks_are_own", lambda: wrong != "not there")
+    flash._bits_fit.cache_clear()
+    kind = (torch.device("cpu"), torch.float32, (4, 2), (16, 16))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit = {flash._bits_fit(*kind) for _ in range(3)}
+    flash._bits_fit.cache_clear()
+    assert fit == {wrong is None}
+    assert calls == [True] * (wrong != "not there")
+    assert len(caught) == (wrong not in (None, "not there"))
+    if wrong == "raises":
+        assert "RuntimeError: no such part" in str(caught[0].message)
 
 
 # What FlashAttention-4 on a Hopper GPU takes.

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 import preftree
-from preftree.attention import BACKENDS, Layer, Scores, TreeAttention, choose_backend, flash_parts, varlen_kernels
+from preftree.attention import (
+    BACKENDS,
+    Layer,
+    Scores,
+    TreeAttention,
+    choose_backend,
+    flash,
+    flash_parts,
+    varlen_kernels,
+)
 from preftree.attention.blocks import key_lists, nodes_of, query_lists, two_runs
 from preftree.attention.copying import copy_to_paths
 from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
@@ -91,6 +100,7 @@ CASES = [
     ("varlen-torch", "64-mha", "window", ""),
     *[(backend, "128", rule, "alone") for backend in ("varlen", "varlen-torch") for rule in ("causal", "window")],
     ("flash", "128", "causal", "alone"),
+    *[("flash", "128", rule, "by-entry") for rule in ("causal", "window")],
     *[("flash", shape, rule, "deep") for shape in ("64-mha", "128", "256") for rule in ("causal", "window")],
     ("varlen-torch", "256", "causal", "fp16"),
     *[("flex", shape, "causal", "") for shape in ("128", "three-groups", "small-values", "mla")],
@@ -110,6 +120,8 @@ def test_backend_agrees_with_dense(backend, shape, rule, special, monkeypatch):
     if backend == "varlen-torch":
         backend = "varlen"
         monkeypatch.setattr(varlen_kernels, "fa4_refusal", lambda layer: "not wanted here")
+    if special == "by-entry":
+        monkeypatch.setattr(flash, "_bits_fit", lambda *kind: False)
     heads, groups, size, value_size = SHAPES[shape]
     for length in (130, 1111):
         row = unshared_row(length) if special == "alone" else long_row(length, deep=special == "deep")
@@ -161,6 +173,7 @@ def test_tree_kernels_are_made_of_parts_of_our_own():
         ("flash_fwd_sm90", "AttentionMask"),
         ("flash_bwd_sm90", "AttentionMask"),
     ]
+    assert flash._bits_fit(q.device, q.dtype, (2, 2), (128, 128))
     before = [getattr(module, name) for module, name, _ in flash_parts.parts()]
     TreeAttention(row, CAUSAL, "flash")(q, q, q, Scores(1.0))
     assert [getattr(module, name) for module, name, _ in flash_parts.parts()] == before

@@ -6,15 +6,18 @@ kernel, take the rule in a cheaper form (`flash_mask`), and leave out what FlexA
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
 
 from preftree.attention import fa4
 from preftree.attention.blocks import BlockLists, key_lists, nodes_of, query_lists, two_runs
-from preftree.attention.flash_parts import own_parts
+from preftree.attention.flash_parts import masks_are_own, own_parts
+from preftree.attention.flash_trial import errors, trial_row
 from preftree.attention.layer import Layer
-from preftree.attention.mask import Rule
+from preftree.attention.mask import CAUSAL, Rule
 from preftree.attention.passes import Gradients, differentiable
 from preftree.attention.scores import Scores
 from preftree.packing import PackedRow
@@ -49,17 +52,18 @@ def bind(row: PackedRow, rule: Rule):
 
 
 class _OnRow:
-    """Attention bound to a row."""
+    """Attention bound to a row; ``bits`` says whether the kernels' masks are `flash_bits`, None that this is to be tried."""
 
-    def __init__(self, row: PackedRow, rule: Rule):
-        self.row, self.rule = row, rule
+    def __init__(self, row: PackedRow, rule: Rule, bits: bool | None = None):
+        self.row, self.rule, self.bits = row, rule, bits
 
     def __call__(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
         return differentiable(self, q_BHSD, k_BGSD, v_BGSE, scores)
 
     def forward(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-        mask, _ = self._masks(q_BHSD, v_BGSE)
-        with own_parts():
+        bits = self._by_bits(q_BHSD, k_BGSD, v_BGSE)
+        mask, _ = self._masks(q_BHSD, v_BGSE, bits)
+        with own_parts(bits):
             out_BSHE, lse_BHS, *_ = fa4.kernels()._flash_attn_fwd(
                 q_BHSD.transpose(1, 2),
                 k_BGSD.transpose(1, 2),
@@ -74,8 +78,9 @@ class _OnRow:
         return out_BSHE.transpose(1, 2), lse_BHS
 
     def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> Gradients:
-        _, mask = self._masks(q_BHSD, v_BGSE)
-        with own_parts():
+        bits = self._by_bits(q_BHSD, k_BGSD, v_BGSE)
+        _, mask = self._masks(q_BHSD, v_BGSE, bits)
+        with own_parts(bits):
             dq_BSHD, dk_BSGD, dv_BSGE, *dsinks = fa4.kernels()._flash_attn_bwd(
                 q_BHSD.transpose(1, 2),
                 k_BGSD.transpose(1, 2),
@@ -91,17 +96,24 @@ class _OnRow:
         dsinks_H = None if scores.sinks is None else dsinks[0]
         return dq_BSHD.transpose(1, 2), dk_BSGD.transpose(1, 2), dv_BSGE.transpose(1, 2), dsinks_H, None
 
-    def _masks(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor) -> list[dict]:
+    def _by_bits(self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor) -> bool:
+        if self.bits is not None:
+            return self.bits
+        heads, sizes = (q_BHSD.shape[1], k_BGSD.shape[1]), (q_BHSD.shape[-1], v_BGSE.shape[-1])
+        return _bits_fit(q_BHSD.device, q_BHSD.dtype, heads, sizes)
+
+    def _masks(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor, bits: bool) -> list[dict[str, Any]]:
         """`_mask` of the forward and of the backward pass, made once for layers of these shapes."""
         row, rule = self.row, self.rule
         heads, sizes = q_BHSD.shape[:2], block_sizes(q_BHSD.shape[-1], v_BGSE.shape[-1])
-        key = ("flash masks", rule.key, heads, sizes)
+        key = ("flash masks", rule.key, heads, sizes, bits)
         if key not in row.derived:
-            from preftree.attention.flash_mask import tree_mask, tree_mask_from, tree_mask_of_two
+            from preftree.attention import flash_mask
 
-            nodes, runs = nodes_of(row, rule), two_runs(row, rule)
-            by_keys = (tree_mask, nodes[:1]) if rule.causal else (tree_mask_from, nodes)
-            by_queries = by_keys if runs is None else (tree_mask_of_two, runs)
+            nodes, runs = nodes_of(row, rule), two_runs(row, rule) if bits else None
+            tree_mask = flash_mask.tree_mask if bits else flash_mask.tree_mask_by_entry
+            by_keys = (tree_mask, nodes[:1]) if rule.causal else (flash_mask.tree_mask_from, nodes)
+            by_queries = by_keys if runs is None else (flash_mask.tree_mask_of_two, runs)
             # Blocks of the backward kernels lie transposed in registers, but for large heads.
             backward = by_keys if q_BHSD.shape[-1] <= 128 else by_queries
             row.derived[key] = [
@@ -109,6 +121,31 @@ class _OnRow:
                 _mask(*backward, query_lists(row, rule, *sizes[1]), sizes[1], heads),
             ]
         return row.derived[key]
+
+
+@cache
+def _bits_fit(device: torch.device, dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int]) -> bool:
+    """Whether masks as bits give what they should for layers of a kind, tried once on a few numbers.
+
+    They take the place of a part inside the library, which a release may change: its own masks serve then, with a warning.
+    """
+    if not masks_are_own():
+        return False
+    row = trial_row(device)
+    wrong = ""
+    try:
+        found = errors(_OnRow(row, CAUSAL, bits=True), row, dtype, heads, sizes)
+        if not all(error < 0.02 for error in found):
+            wrong = f"relative errors of output and gradients {', '.join(f'{error:.2g}' for error in found)}"
+    except Exception as raised:
+        wrong = f"{type(raised).__name__}: {raised}"
+    if wrong:
+        warnings.warn(
+            f"preftree's masks do not fit the installed flash-attn-4, whose own serve, somewhat slower: {wrong}",
+            UserWarning,
+            stacklevel=2,
+        )
+    return not wrong
 
 
 def _mask(

@@ -67,6 +67,12 @@ def tree_mask(batch, head, query, key, seqlen_info, tensors, scalars):
 
 
 @cute.jit
+def tree_mask_by_entry(batch, head, query, key, seqlen_info, tensors, scalars):
+    """`tree_mask` for kernels whose own class of masks asks for each entry: `flash_bits` knows it not."""
+    return tree_mask(batch, head, query, key, seqlen_info, tensors, scalars)
+
+
+@cute.jit
 def tree_mask_from(batch, head, query, key, seqlen_info, tensors, scalars):
     """As `tree_mask`, from ``lowest[query]`` on; ``scalars``: addresses of `end`, positions and lowest positions."""
     seen = _at(scalars[1], key) >= _at(scalars[2], query)
@@ -82,6 +88,7 @@ def tree_mask_of_two(batch, head, query, key, seqlen_info, tensors, scalars):
 
 
 _told_apart(tree_mask, "tree_mask")
+_told_apart(tree_mask_by_entry, "tree_mask_by_entry")
 _told_apart(tree_mask_of_two, "tree_mask_of_two")
 _told_apart(tree_mask_from, "tree_mask_from")
 

@@ -38,16 +38,22 @@ def parts() -> list[tuple[ModuleType, str, Any]]:
     return [part for part in found if hasattr(part[0], part[1])]
 
 
+def masks_are_own() -> bool:
+    """Whether masks are among the parts."""
+    return any(name == "AttentionMask" for _, name, _ in parts())
+
+
 @contextmanager
-def own_parts() -> Iterator[None]:
-    """Kernels that are compiled within are made of these parts; those of other callers keep the library's.
+def own_parts(masks: bool) -> Iterator[None]:
+    """Kernels that are compiled within are made of these parts, ``masks`` or not; those of other callers keep the library's.
 
     A kernel that is compiled stays in the library's cache under its mask: only calls with preftree's masks find it.
     """
     with _lock:
-        before = [(module, name, getattr(module, name)) for module, name, _ in parts()]
+        put = [part for part in parts() if masks or part[1] != "AttentionMask"]
+        before = [(module, name, getattr(module, name)) for module, name, _ in put]
         try:
-            for module, name, part in parts():
+            for module, name, part in put:
                 setattr(module, name, part)
             yield
         finally:
