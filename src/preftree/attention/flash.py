@@ -61,8 +61,7 @@ class _OnRow:
         return differentiable(self, q_BHSD, k_BGSD, v_BGSE, scores)
 
     def forward(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-        bits = self._by_bits(q_BHSD, k_BGSD, v_BGSE)
-        mask, _ = self._masks(q_BHSD, v_BGSE, bits)
+        bits, mask, _ = self._masks(q_BHSD, v_BGSE)
         with own_parts(bits):
             out_BSHE, lse_BHS, *_ = fa4.kernels()._flash_attn_fwd(
                 q_BHSD.transpose(1, 2),
@@ -78,8 +77,7 @@ class _OnRow:
         return out_BSHE.transpose(1, 2), lse_BHS
 
     def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> Gradients:
-        bits = self._by_bits(q_BHSD, k_BGSD, v_BGSE)
-        _, mask = self._masks(q_BHSD, v_BGSE, bits)
+        bits, _, mask = self._masks(q_BHSD, v_BGSE)
         with own_parts(bits):
             dq_BSHD, dk_BSGD, dv_BSGE, *dsinks = fa4.kernels()._flash_attn_bwd(
                 q_BHSD.transpose(1, 2),
@@ -96,30 +94,29 @@ class _OnRow:
         dsinks_H = None if scores.sinks is None else dsinks[0]
         return dq_BSHD.transpose(1, 2), dk_BSGD.transpose(1, 2), dv_BSGE.transpose(1, 2), dsinks_H, None
 
-    def _by_bits(self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor) -> bool:
-        if self.bits is not None:
-            return self.bits
-        heads, sizes = (q_BHSD.shape[1], k_BGSD.shape[1]), (q_BHSD.shape[-1], v_BGSE.shape[-1])
-        return _bits_fit(q_BHSD.device, q_BHSD.dtype, heads, sizes)
-
-    def _masks(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor, bits: bool) -> list[dict[str, Any]]:
-        """`_mask` of the forward and of the backward pass, made once for layers of these shapes."""
+    def _masks(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor) -> tuple[bool, dict[str, Any], dict[str, Any]]:
+        """Whether by bits, and `_mask` of the forward and of the backward pass; made once for layers of a kind."""
         row, rule = self.row, self.rule
-        heads, sizes = q_BHSD.shape[:2], block_sizes(q_BHSD.shape[-1], v_BGSE.shape[-1])
-        key = ("flash masks", rule.key, heads, sizes, bits)
+        batch, (heads, size), (groups, value_size) = len(q_BHSD), q_BHSD.shape[1::2], v_BGSE.shape[1::2]
+        key = ("flash masks", rule.key, q_BHSD.dtype, batch, heads, groups, size, value_size)
         if key not in row.derived:
             from preftree.attention import flash_mask
 
+            bits = self.bits
+            if bits is None:
+                bits = _bits_fit(q_BHSD.device, q_BHSD.dtype, (heads, groups), (size, value_size))
             nodes, runs = nodes_of(row, rule), two_runs(row, rule) if bits else None
             tree_mask = flash_mask.tree_mask if bits else flash_mask.tree_mask_by_entry
             by_keys = (tree_mask, nodes[:1]) if rule.causal else (flash_mask.tree_mask_from, nodes)
             by_queries = by_keys if runs is None else (flash_mask.tree_mask_of_two, runs)
             # Blocks of the backward kernels lie transposed in registers, but for large heads.
-            backward = by_keys if q_BHSD.shape[-1] <= 128 else by_queries
-            row.derived[key] = [
-                _mask(*by_queries, key_lists(row, rule, *sizes[0]), sizes[0], heads),
-                _mask(*backward, query_lists(row, rule, *sizes[1]), sizes[1], heads),
-            ]
+            backward = by_keys if size <= 128 else by_queries
+            first, second = block_sizes(size, value_size)
+            row.derived[key] = (
+                bits,
+                _mask(*by_queries, key_lists(row, rule, *first), first, (batch, heads)),
+                _mask(*backward, query_lists(row, rule, *second), second, (batch, heads)),
+            )
         return row.derived[key]
 
 
@@ -149,7 +146,7 @@ def _bits_fit(device: torch.device, dtype: torch.dtype, heads: tuple[int, int], 
 
 
 def _mask(
-    function: Any, arrays: torch.Tensor, lists: BlockLists, sizes: tuple[int, int], heads: torch.Size
+    function: Any, arrays: torch.Tensor, lists: BlockLists, sizes: tuple[int, int], heads: tuple[int, int]
 ) -> dict[str, Any]:
     """The rule as arguments of the kernels, which read each of the arrays by address; the row keeps them."""
     from cutlass import Int64
