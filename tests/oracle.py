@@ -94,6 +94,24 @@ def random_row(seed: int, trees: int = 4, spare: int = 6, stretch: int = 1) -> p
     return preftree.pack(built, sum(len(tree) for tree in built) + spare)[0]
 
 
+def shallow_row(seed, spare):
+    """Prompts with responses, of which the first, or what it is a response to, has more than one end; and sequences alone."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(most):
+        return torch.randint(
+            0, 9, (int(torch.randint(1, most, (), generator=generator)),), generator=generator
+        ).tolist()
+
+    trees = []
+    for number in range(4):
+        prompt = draw(30)
+        members = [[*prompt, 10 + branch, *draw(20)] for branch in range(1 + (seed + number) % 4)]
+        members += [[*members[0], 20 + branch, *draw(20)] for branch in range(number % 3)]
+        trees.append(preftree.TokenTree.from_sequences(members, [len(prompt)] * len(members)))
+    return preftree.pack(trees, sum(map(len, trees)) + spare)[0]
+
+
 def row_of_lengths(seed: int, vocabulary: int, trees: int, prompt: int, *responses: int) -> preftree.PackedRow:
     """A row of trees of random tokens, each with a prompt and responses of these lengths."""
     generator = torch.Generator().manual_seed(seed)

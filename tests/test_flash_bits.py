@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_masks import shallow_row
+from oracle import shallow_row
 
+from preftree import attention
 from preftree.attention.blocks import nodes_of, two_runs
 from preftree.attention.mask import CAUSAL, sliding_window, visible_nodes
 
@@ -113,6 +114,7 @@ def bits(monkeypatch):
         vars(module).update(held)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "preftree.attention.flash_bits", raising=False)
+    monkeypatch.setattr(attention, "flash_bits", None, raising=False)  # importing puts it there
     yield importlib.import_module("preftree.attention.flash_bits")
     sys.modules.pop("preftree.attention.flash_bits", None)
 

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from oracle import random_row, seen_by_walking_up
+from oracle import random_row, seen_by_walking_up, shallow_row
 
 import preftree
 from preftree.attention import mask as mask_module
@@ -204,24 +204,6 @@ def test_block_lists_against_python_lists(shape, density):
         # Kernels may fetch an entry ahead.
         for indices in (lists.partial_indices, lists.full_indices):
             assert 0 <= int(indices.min()) <= int(indices.max()) < columns
-
-
-def shallow_row(seed, spare):
-    """Prompts with responses, of which the first, or what it is a response to, has more than one end; and sequences alone."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(most):
-        return torch.randint(
-            0, 9, (int(torch.randint(1, most, (), generator=generator)),), generator=generator
-        ).tolist()
-
-    trees = []
-    for number in range(4):
-        prompt = draw(30)
-        members = [[*prompt, 10 + branch, *draw(20)] for branch in range(1 + (seed + number) % 4)]
-        members += [[*members[0], 20 + branch, *draw(20)] for branch in range(number % 3)]
-        trees.append(preftree.TokenTree.from_sequences(members, [len(prompt)] * len(members)))
-    return preftree.pack(trees, sum(map(len, trees)) + spare)[0]
 
 
 @pytest.mark.parametrize("name", KNOWN)

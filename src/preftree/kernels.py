@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -30,3 +32,21 @@ def kernels_of(module: str) -> Any:
 def kernels_for(x: torch.Tensor, module: str) -> Any:
     """`kernels_of` for where a tensor is: None on a CPU."""
     return kernels_of(module) if x.is_cuda else None
+
+
+def relative_errors(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> list[float]:
+    """Norms of the differences over those of what was expected."""
+    pairs = zip(found, expected, strict=True)
+    return [float((one - other).float().norm() / other.float().norm()) for one, other in pairs]
+
+
+def works(trial: Callable[[], list[float]], warning: str) -> bool:
+    """Whether a trial's relative errors are those of half precision; otherwise, or if it raises, it is warned of."""
+    try:
+        errors = trial()
+        wrong = "" if all(error < 0.02 for error in errors) else f"their relative error is {max(errors):.2g}"
+    except Exception as raised:
+        wrong = f"{type(raised).__name__}: {raised}"
+    if wrong:
+        warnings.warn(f"{warning}: {wrong}", UserWarning, stacklevel=3)
+    return not wrong

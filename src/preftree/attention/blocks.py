@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from preftree.attention.mask import Rule, visible_blocks
+from preftree.attention.mask import CAUSAL, Rule, visible_blocks
 from preftree.attention.paths import query_blocks
 from preftree.kernels import kernels_of
 from preftree.packing import PackedRow
@@ -48,6 +48,11 @@ def block_lists(some: torch.Tensor, everything: torch.Tensor) -> BlockLists:
     return BlockLists(counts[0][None, None], partial[None, None], counts[1][None, None], full[None, None])
 
 
+def _filled_up(row: PackedRow) -> int:
+    """How long a row's arrays are for kernels to read their last tile whole."""
+    return len(row) + LAST_TILE + -len(row) % LAST_TILE
+
+
 def nodes_of(row: PackedRow, rule: Rule) -> torch.Tensor:
     """`end`, positions and lowest visible positions of the row's nodes under a `known` rule.
 
@@ -57,10 +62,10 @@ def nodes_of(row: PackedRow, rule: Rule) -> torch.Tensor:
     key = ("nodes", rule.key)
     if key not in row.derived:
         if (kernels := _triton_kernels(row, rule)) is not None:
-            row.derived[key] = kernels.nodes_of(row, rule, LAST_TILE)
+            row.derived[key] = kernels.nodes_of(row, rule, _filled_up(row))
         else:
             nodes = torch.stack((row.end, row.position_ids, rule.lowest(row.position_ids))).to(torch.int32)
-            row.derived[key] = torch.nn.functional.pad(nodes, (0, LAST_TILE + -len(row) % LAST_TILE))
+            row.derived[key] = torch.nn.functional.pad(nodes, (0, _filled_up(row) - len(row)))
     return row.derived[key]
 
 
@@ -73,23 +78,28 @@ def two_runs(row: PackedRow, rule: Rule) -> torch.Tensor | None:
     """
     key = ("two runs", rule.key)
     if key not in row.derived:
-        row.derived[key] = _two_runs(row, rule)
+        row.derived[key] = _paths_in_two(row) if rule.causal else _seen_of_two(row, rule)
     return row.derived[key]
 
 
-def _two_runs(row: PackedRow, rule: Rule) -> torch.Tensor | None:
+def _paths_in_two(row: PackedRow) -> torch.Tensor | None:
     blocks = query_blocks(row.runs)
     if any(len(block.above) > 1 for block in blocks):
         return None
     above = [block.above[0] if block.above else (block.start, block.start) for block in blocks]
     of_block = torch.tensor([(*run, block.start) for run, block in zip(above, blocks, strict=True)], dtype=torch.int32)
     lengths = torch.tensor([block.stop - block.start for block in blocks], dtype=torch.long)
-    runs = torch.zeros(3, len(row) + LAST_TILE + -len(row) % LAST_TILE, dtype=torch.int32)
+    runs = torch.zeros(3, _filled_up(row), dtype=torch.int32)
     runs[2] = torch.arange(runs.shape[1])  # padding sees itself
     runs[:, : row.num_tokens] = of_block.view(-1, 3).repeat_interleave(lengths, 0).T
     (runs,) = send([runs], row.device)
-    if rule.causal:
-        return runs
+    return runs
+
+
+def _seen_of_two(row: PackedRow, rule: Rule) -> torch.Tensor | None:
+    runs = two_runs(row, CAUSAL)
+    if runs is None:
+        return None
     # A run's positions follow each other: as many of its first keys are hidden as there are positions before the lowest.
     _, positions, lowest = nodes_of(row, rule)
     first, stop, second = runs

@@ -145,10 +145,9 @@ def _query_lists_kernel(
     tl.store(counts + number + row, full_count)
 
 
-def nodes_of(row: PackedRow, rule: Rule, tile: int) -> torch.Tensor:
-    """Int32 ``[3, S + ...]``, see `blocks.nodes_of`."""
+def nodes_of(row: PackedRow, rule: Rule, length: int) -> torch.Tensor:
+    """Int32 ``[3, length]``, see `blocks.nodes_of`."""
     size = len(row)
-    length = size + tile + -size % tile
     nodes = torch.empty(3, length, dtype=torch.int32, device=row.device)
     grid = (triton.cdiv(length, 1024),)
     _nodes_kernel[grid](

@@ -6,7 +6,6 @@ kernel, take the rule in a cheaper form (`flash_mask`), and leave out what FlexA
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from preftree.attention.layer import Layer
 from preftree.attention.mask import CAUSAL, Rule
 from preftree.attention.passes import Gradients, differentiable
 from preftree.attention.scores import Scores
+from preftree.kernels import works
 from preftree.packing import PackedRow
 
 
@@ -129,20 +129,10 @@ def _bits_fit(device: torch.device, dtype: torch.dtype, heads: tuple[int, int], 
     if not masks_are_own():
         return False
     row = trial_row(device)
-    wrong = ""
-    try:
-        found = errors(_OnRow(row, CAUSAL, bits=True), row, dtype, heads, sizes)
-        if not all(error < 0.02 for error in found):
-            wrong = f"relative errors of output and gradients {', '.join(f'{error:.2g}' for error in found)}"
-    except Exception as raised:
-        wrong = f"{type(raised).__name__}: {raised}"
-    if wrong:
-        warnings.warn(
-            f"preftree's masks do not fit the installed flash-attn-4, whose own serve, somewhat slower: {wrong}",
-            UserWarning,
-            stacklevel=2,
-        )
-    return not wrong
+    return works(
+        lambda: errors(_OnRow(row, CAUSAL, bits=True), row, dtype, heads, sizes),
+        "preftree's masks do not fit the installed flash-attn-4, whose own serve, somewhat slower",
+    )
 
 
 def _mask(

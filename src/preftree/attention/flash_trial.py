@@ -8,6 +8,7 @@ import torch
 
 from preftree.attention.mask import visible_nodes
 from preftree.attention.scores import Scores, repeat_heads
+from preftree.kernels import relative_errors
 from preftree.packing import PackedRow, pack
 from preftree.tree import TokenTree
 
@@ -40,7 +41,7 @@ def errors(
         out, lse = attention.forward(q, k, v, scores)
         found = (out, *attention.backward(grad, q, k, v, out, lse, scores)[:3])
         expected = _written_out(q, k, v, grad, visible_nodes(row), scores.scale)
-    return [float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)]
+    return relative_errors(found, expected)
 
 
 def _written_out(

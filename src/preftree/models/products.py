@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import register_flop_formula
 
-from preftree.kernels import kernels_for, kernels_of
+from preftree.kernels import kernels_for, kernels_of, relative_errors, works
 from preftree.models import products_formulas
 from preftree.models.custom_ops import composite, fake, opaque
 
@@ -51,31 +50,22 @@ def _work(device: torch.device, dtype: torch.dtype) -> bool:
         shapes = (40, 64), (192, 64), (64, 96), (40, 64)
         x, weights, down, grad = (torch.randn(s, device=device, generator=generator).div(8).to(dtype) for s in shapes)
         _, both = products_formulas.up(x, weights, "swiglu", True)
-        try:
-            by_kernels, by_formulas = (
-                (
-                    *products.up(x, weights, "swiglu", True),
-                    products.up(x, weights, "swiglu", False)[0],
-                    *products.up_backward(grad, down, both, "swiglu"),
-                    products.input_gradient(both, weights),
-                    products.weight_gradients(both, x),
-                    products.weight_gradients(both, x, weights.clone()),
-                    products.onto(x, weights, both),
-                )
-                for products in (kernels, products_formulas)
+
+        def all_of(products: Any) -> tuple[torch.Tensor, ...]:
+            return (
+                *products.up(x, weights, "swiglu", True),
+                products.up(x, weights, "swiglu", False)[0],
+                *products.up_backward(grad, down, both, "swiglu"),
+                products.input_gradient(both, weights),
+                products.weight_gradients(both, x),
+                products.weight_gradients(both, x, weights.clone()),
+                products.onto(x, weights, both),
             )
-            pairs = zip(by_kernels, by_formulas, strict=True)
-            error = max(float((one - other).float().norm() / other.float().norm()) for one, other in pairs)
-            wrong = "" if error < 0.02 else f"their relative error is {error:.2g}"
-        except Exception as raised:
-            wrong = f"{type(raised).__name__}: {raised}"
-    if wrong:
-        warnings.warn(
-            f"the kernels of the package quack-kernels do not work here, layers run somewhat slower without them: {wrong}",
-            UserWarning,
-            stacklevel=2,
+
+        return works(
+            lambda: relative_errors(all_of(kernels), all_of(products_formulas)),
+            "the kernels of the package quack-kernels do not work here, layers run somewhat slower without them",
         )
-    return not wrong
 
 
 def side_by_side(model: nn.Module) -> int:
