@@ -19,9 +19,10 @@ from preftree.attention import (
     choose_backend,
     fa4,
     flash,
-    flash_trial,
     flex,
     passes,
+    trial,
+    varlen,
     varlen_kernels,
 )
 from preftree.attention.blocks import key_lists, nodes_of, query_lists
@@ -132,6 +133,7 @@ def test_one_kernel_over_copied_paths_agrees_with_dense(by, seed, special, name,
         return *torch.autograd.grad(again, tensors, grad), None
 
     monkeypatch.setattr(varlen_kernels, "choose", lambda layer: asked.append(layer) or by)
+    monkeypatch.setattr(varlen, "_fa4_works", lambda kind, device: True)
     monkeypatch.setattr(varlen_kernels, "by_torch", kernel)
     monkeypatch.setattr(varlen_kernels, "fa4_forward", forward)
     monkeypatch.setattr(varlen_kernels, "fa4_backward", backward)
@@ -267,47 +269,11 @@ def test_what_flash_reads_of_the_row(name):
 @pytest.mark.parametrize(("heads", "sizes"), [((4, 2), (16, 16)), ((3, 3), (24, 8))])
 @pytest.mark.parametrize("backend", ["dense", "varlen"])
 def test_trials_find_right_what_autograd_gives(backend, heads, sizes):
-    row = flash_trial.trial_row(torch.device("cpu"))
+    row = trial.trial_row(torch.device("cpu"))
     assert len(row) > row.num_tokens > 3 * 96
-    found = flash_trial.errors(TreeAttention(row, CAUSAL, backend), row, torch.float32, heads, sizes)
+    found = trial.errors(TreeAttention(row, CAUSAL, backend), row, torch.float32, heads, sizes)
     assert len(found) == 4
     assert max(found) < 1e-5
-
-
-@pytest.mark.parametrize("wrong", [None, "out", "dq", "dk", "dv", "nan", "raises", "not there"])
-def test_masks_as_bits_are_tried_once(wrong, monkeypatch):
-    """By the numbers that come out of the passes; the library's own masks serve where these are wrong."""
-    calls = []
-
-    class OnRow(flash._OnRow):
-        def forward(self, *given):
-            calls.append(self.bits)
-            if wrong == "raises":
-                raise RuntimeError("no such part")
-            out, lse = TreeAttention(self.row, self.rule, "dense").forward(*given)
-            return out * {"out": 1.1, "nan": torch.nan}.get(wrong, 1), lse
-
-        def backward(self, *given):
-            *gradients, sinks, bias = TreeAttention(self.row, self.rule, "dense").backward(*given)
-            return (
-                *(x * (1 + 0.1 * (wrong == name)) for name, x in zip(("dq", "dk", "dv"), gradients, strict=True)),
-                sinks,
-                bias,
-            )
-
-    monkeypatch.setattr(flash, "_OnRow", OnRow)
-    monkeypatch.setattr(flash, "masks_are_own", lambda: wrong != "not there")
-    flash._bits_fit.cache_clear()
-    kind = (torch.device("cpu"), torch.float32, (4, 2), (16, 16))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit = {flash._bits_fit(*kind) for _ in range(3)}
-    flash._bits_fit.cache_clear()
-    assert fit == {wrong is None}
-    assert calls == [True] * (wrong != "not there")
-    assert len(caught) == (wrong not in (None, "not there"))
-    if wrong == "raises":
-        assert "RuntimeError: no such part" in str(caught[0].message)
 
 
 # What FlashAttention-4 on a Hopper GPU takes.
@@ -318,6 +284,84 @@ ON_CPU = Layer("cpu", None, torch.float32, 8, 2, 64, 64, CAUSAL)
 @pytest.fixture
 def fa4_installed(monkeypatch):
     monkeypatch.setattr(fa4, "library", lambda: ModuleType("flash_attn.cute.interface"))
+    monkeypatch.setattr(flash, "works", lambda layer, device: True)
+
+
+def wrong_in(kind, attention):
+    """``attention``'s two passes with an error in one of the results, or none."""
+
+    class Wrong(attention):
+        def forward(self, *given):
+            if kind == "raises":
+                raise RuntimeError("no such part")
+            out, lse = TreeAttention(self.row, self.rule, "dense").forward(*given)
+            out[:, :, self.row.num_tokens :] = 0  # as paths' kernels leave it
+            return out * {"out": 1.1, "nan": torch.nan}.get(kind, 1), lse
+
+        def backward(self, *given):
+            *gradients, sinks, bias = TreeAttention(self.row, self.rule, "dense").backward(*given)
+            names = ("dq", "dk", "dv")
+            return (*(x * (1 + 0.1 * (kind == name)) for name, x in zip(names, gradients, strict=True)), sinks, bias)
+
+    return Wrong
+
+
+@pytest.mark.parametrize("rule", ["causal", "window"])
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("by_entry", ["right", "wrong"])
+@pytest.mark.parametrize("by_bits", ["right", "out", "dq", "dk", "dv", "nan", "raises"])
+def test_kernels_of_trees_are_tried_once(by_bits, by_entry, there, rule, monkeypatch):
+    """By the numbers that the passes give: masks as bits, the library's own where these are wrong, or another backend."""
+    calls = []
+    as_bits, own = (wrong_in(kind, flash._OnRow) for kind in (by_bits, "right" if by_entry == "right" else "dq"))
+
+    def bind(row, rule, bits):
+        calls.append((bits, rule.causal))
+        return (as_bits if bits else own)(row, rule)
+
+    monkeypatch.setattr(flash, "_OnRow", bind)
+    monkeypatch.setattr(flash, "masks_are_own", lambda: there)
+    flash._takes_bits.cache_clear()
+    layer = replace(ON_CPU, groups=4, size=16, value_size=16, rule=RULES[rule])
+    expected = True if there and by_bits == "right" else False if by_entry == "right" else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert {flash.works(layer, torch.device("cpu")) for _ in range(3)} == {expected is not None}
+        assert flash._takes_bits(trial.kind_of(layer), torch.device("cpu")) == expected
+    flash._takes_bits.cache_clear()
+    causal = rule == "causal"
+    assert calls == [(True, causal)] * there + [(False, causal)] * (expected is not True)
+    assert len(caught) == (there and expected is not True) + (expected is None)
+    if there and by_bits == "raises":
+        assert "RuntimeError: no such part" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("wrong", [None, "dq", "raises"])
+def test_kernel_of_paths_is_tried_once(wrong, monkeypatch, fa4_installed):
+    """torch's own serves where FlashAttention-4's gives what it should not."""
+    own = wrong_in(wrong, varlen._OnRow)
+    monkeypatch.setattr(varlen, "_OnRow", lambda row, rule, kernel: own(row, rule))
+    varlen._fa4_works.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = {varlen._kernel_for(ON_HOPPER, torch.device("cpu")) for _ in range(3)}
+    varlen._fa4_works.cache_clear()
+    assert found == {"torch" if wrong else "fa4"}
+    assert len(caught) == (wrong is not None)
+
+
+@pytest.mark.parametrize("size", range(8, 257, 8))
+def test_head_sizes_that_kernels_are_given(size):
+    """Whole 16 and whole 32 are the same."""
+    whole = fa4.whole_size(size)
+    assert size <= whole < size + 32
+    assert -(-whole // 16) * 16 == -(-whole // 32) * 32
+    assert whole == size or size % 32 in (8, 16)
+    x = torch.randn(1, 3, 5, size)
+    wide, other = fa4.widened(x, x[..., :8])
+    assert (wide.shape[-1], other.shape[-1]) == (whole, 32)
+    assert torch.equal(torch.nn.functional.pad(x, (0, whole - size)), wide)
+    assert torch.equal(x, fa4.narrowed(wide, size))
 
 
 def test_on_a_cpu_auto_is_varlen():

@@ -111,7 +111,9 @@ def test_auto_chooses_among_those_that_can_serve(monkeypatch):
     monkeypatch.setitem(FACTORS, 9, {128: fixed})
     for name in ("flash", "flex"):
         monkeypatch.setattr(BACKENDS[name], "refusal", lambda layer: None)
-    assert choose_backend("auto", H100, row) == "flash"
+    for works in (False, True):
+        monkeypatch.setattr(BACKENDS["flash"], "works", lambda layer, device, works=works: works)
+        assert choose_backend("auto", H100, row) == ("flash" if works else "varlen")
     monkeypatch.setattr(BACKENDS["flash"], "refusal", lambda layer: "not here")
     assert choose_backend("auto", H100, row) == "varlen"
 

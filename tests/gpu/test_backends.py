@@ -18,12 +18,16 @@ from preftree.attention.blocks import key_lists, nodes_of, query_lists, two_runs
 from preftree.attention.copying import copy_to_paths
 from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
 from preftree.attention.paths import plan_paths
+from preftree.attention.trial import kind_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     # What FlexAttention says when it is not compiled, as after too many compilations.
     pytest.mark.filterwarnings("error:flex_attention called without torch.compile"),
+    # What trials say of kernels that go wrong.
+    pytest.mark.filterwarnings("error:preftree's masks do not fit"),
+    pytest.mark.filterwarnings("error:the installed flash-attn-4 does not compute"),
 ]
 
 # A rule known by its function alone.
@@ -83,6 +87,7 @@ SHAPES = {
     "24-heads": (24, 8, 128, 128),
     "5-heads": (5, 5, 96, 96),
     "small-values": (4, 4, 64, 32),
+    **{str(size): (4, 2, size, size) for size in (8, 16, 24, 32, 40, 48, 80, 112, 160, 224)},
 }
 CASES = [
     *[("flash", shape, "causal", "") for shape in SHAPES],
@@ -101,6 +106,7 @@ CASES = [
     *[(backend, "128", rule, "alone") for backend in ("varlen", "varlen-torch") for rule in ("causal", "window")],
     ("flash", "128", "causal", "alone"),
     *[("flash", "128", rule, "by-entry") for rule in ("causal", "window")],
+    *[("flash", shape, "causal", "by-entry") for shape in ("8", "16", "24", "32", "48", "64-mha", "112", "256")],
     *[("flash", shape, rule, "deep") for shape in ("64-mha", "128", "256") for rule in ("causal", "window")],
     ("varlen-torch", "256", "causal", "fp16"),
     *[("flex", shape, "causal", "") for shape in ("128", "three-groups", "small-values", "mla")],
@@ -121,7 +127,7 @@ def test_backend_agrees_with_dense(backend, shape, rule, special, monkeypatch):
         backend = "varlen"
         monkeypatch.setattr(varlen_kernels, "fa4_refusal", lambda layer: "not wanted here")
     if special == "by-entry":
-        monkeypatch.setattr(flash, "_bits_fit", lambda *kind: False)
+        monkeypatch.setattr(flash, "_takes_bits", lambda *kind: False)
     heads, groups, size, value_size = SHAPES[shape]
     for length in (130, 1111):
         row = unshared_row(length) if special == "alone" else long_row(length, deep=special == "deep")
@@ -173,7 +179,7 @@ def test_tree_kernels_are_made_of_parts_of_our_own():
         ("flash_fwd_sm90", "AttentionMask"),
         ("flash_bwd_sm90", "AttentionMask"),
     ]
-    assert flash._bits_fit(q.device, q.dtype, (2, 2), (128, 128))
+    assert flash._takes_bits(kind_of(Layer.of(q, q, q, CAUSAL, Scores(1.0))), q.device)
     before = [getattr(module, name) for module, name, _ in flash_parts.parts()]
     TreeAttention(row, CAUSAL, "flash")(q, q, q, Scores(1.0))
     assert [getattr(module, name) for module, name, _ in flash_parts.parts()] == before

@@ -69,7 +69,8 @@ def choose_backend(name: str, layer: Layer, row: PackedRow) -> str:
     able = [backend for backend in candidates if BACKENDS[backend].refusal(layer) is None]
     if able == ["varlen"]:
         _warn_of_fallback(layer)
-    return cost.fastest(able, layer, row)
+    chosen = cost.fastest(able, layer, row)
+    return "varlen" if chosen == "flash" and not flash.works(layer, row.device) else chosen
 
 
 def may_use_flex(name: str, device: torch.device) -> bool:

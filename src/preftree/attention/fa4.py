@@ -92,6 +92,30 @@ def refusal(layer: Layer, capabilities: tuple[int, ...]) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def whole_size(size: int) -> int:
+    """The head size that kernels are given for layers of a head size, see `widened`."""
+    return -(-size // 32) * 32 if -(-size // 16) % 2 else size
+
+
+def widened(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``[B, H, S, D]`` with zeros behind what heads hold, at sizes whose gradients the kernels get wrong: 8, 16, 40, 48, ...
+
+    The library's backward pass on Hopper writes sums in lines of whole 16 numbers and reads them in lines of whole 32; where
+    these are not the same, gradients of queries (and of grouped keys) come out wrong without an error (seen in 4.0.0b36).
+    Zeros change neither scores nor outputs.
+    """
+    missing = [whole_size(x.shape[-1]) - x.shape[-1] for x in tensors]
+    return tuple(
+        torch.nn.functional.pad(x.transpose(1, 2), (0, more)).transpose(1, 2) if more else x
+        for x, more in zip(tensors, missing, strict=True)
+    )
+
+
+def narrowed(x: torch.Tensor, size: int) -> torch.Tensor:
+    """What kernels gave for `widened` heads of ``size``."""
+    return x if x.shape[-1] == size else x[..., :size]
+
+
 def capping(softcap: float | None, backward: bool = False) -> dict[str, Callable]:
     """The kernels' arguments for a soft cap, or for none."""
     if not softcap:

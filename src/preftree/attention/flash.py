@@ -6,20 +6,19 @@ kernel, take the rule in a cheaper form (`flash_mask`), and leave out what FlexA
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from preftree.attention import fa4
+from preftree.attention import fa4, trial
 from preftree.attention.blocks import BlockLists, key_lists, nodes_of, query_lists, two_runs
 from preftree.attention.flash_parts import masks_are_own, own_parts
-from preftree.attention.flash_trial import errors, trial_row
 from preftree.attention.layer import Layer
-from preftree.attention.mask import CAUSAL, Rule
+from preftree.attention.mask import Rule
 from preftree.attention.passes import Gradients, differentiable
 from preftree.attention.scores import Scores
-from preftree.kernels import works
+from preftree.attention.trial import kind_of
 from preftree.packing import PackedRow
 
 
@@ -61,7 +60,9 @@ class _OnRow:
         return differentiable(self, q_BHSD, k_BGSD, v_BGSE, scores)
 
     def forward(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-        bits, mask, _ = self._masks(q_BHSD, v_BGSE)
+        bits, mask, _ = self._masks(q_BHSD, k_BGSD, v_BGSE)
+        value_size = v_BGSE.shape[-1]
+        q_BHSD, k_BGSD, v_BGSE = fa4.widened(q_BHSD, k_BGSD, v_BGSE)
         with own_parts(bits):
             out_BSHE, lse_BHS, *_ = fa4.kernels()._flash_attn_fwd(
                 q_BHSD.transpose(1, 2),
@@ -74,10 +75,12 @@ class _OnRow:
                 **fa4.capping(scores.softcap),
                 **mask,
             )
-        return out_BSHE.transpose(1, 2), lse_BHS
+        return fa4.narrowed(out_BSHE.transpose(1, 2), value_size), lse_BHS
 
     def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> Gradients:
-        bits, _, mask = self._masks(q_BHSD, v_BGSE)
+        bits, _, mask = self._masks(q_BHSD, k_BGSD, v_BGSE)
+        size, value_size = q_BHSD.shape[-1], v_BGSE.shape[-1]
+        grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE = fa4.widened(grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE)
         with own_parts(bits):
             dq_BSHD, dk_BSGD, dv_BSGE, *dsinks = fa4.kernels()._flash_attn_bwd(
                 q_BHSD.transpose(1, 2),
@@ -92,9 +95,12 @@ class _OnRow:
                 **mask,
             )
         dsinks_H = None if scores.sinks is None else dsinks[0]
-        return dq_BSHD.transpose(1, 2), dk_BSGD.transpose(1, 2), dv_BSGE.transpose(1, 2), dsinks_H, None
+        dq_BHSD, dk_BGSD = (fa4.narrowed(x.transpose(1, 2), size) for x in (dq_BSHD, dk_BSGD))
+        return dq_BHSD, dk_BGSD, fa4.narrowed(dv_BSGE.transpose(1, 2), value_size), dsinks_H, None
 
-    def _masks(self, q_BHSD: torch.Tensor, v_BGSE: torch.Tensor) -> tuple[bool, dict[str, Any], dict[str, Any]]:
+    def _masks(
+        self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor
+    ) -> tuple[bool, dict[str, Any], dict[str, Any]]:
         """Whether by bits, and `_mask` of the forward and of the backward pass; made once for layers of a kind."""
         row, rule = self.row, self.rule
         batch, (heads, size), (groups, value_size) = len(q_BHSD), q_BHSD.shape[1::2], v_BGSE.shape[1::2]
@@ -104,7 +110,12 @@ class _OnRow:
 
             bits = self.bits
             if bits is None:
-                bits = _bits_fit(q_BHSD.device, q_BHSD.dtype, (heads, groups), (size, value_size))
+                bits = _takes_bits(kind_of(Layer.of(q_BHSD, k_BGSD, v_BGSE, rule, Scores(1.0))), q_BHSD.device)
+            if bits is None:
+                raise NotImplementedError(
+                    "flash-attn-4 computes wrong for this layer: use the backend 'auto' or 'varlen'"
+                )
+            size, value_size = fa4.whole_size(size), fa4.whole_size(value_size)
             nodes, runs = nodes_of(row, rule), two_runs(row, rule) if bits else None
             tree_mask = flash_mask.tree_mask if bits else flash_mask.tree_mask_by_entry
             by_keys = (tree_mask, nodes[:1]) if rule.causal else (flash_mask.tree_mask_from, nodes)
@@ -120,19 +131,31 @@ class _OnRow:
         return row.derived[key]
 
 
-@cache
-def _bits_fit(device: torch.device, dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int]) -> bool:
-    """Whether masks as bits give what they should for layers of a kind, tried once on a few numbers.
+def works(layer: Layer, device: torch.device) -> bool:
+    """Whether its kernels give what they should, tried on a few numbers once for layers of a kind."""
+    return _takes_bits(kind_of(layer), device) is not None
 
-    They take the place of a part inside the library, which a release may change: its own masks serve then, with a warning.
+
+@cache
+def _takes_bits(kind: Layer, device: torch.device) -> bool | None:
+    """Whether kernels for layers of a kind take masks as bits; None if they go wrong with the library's own as well.
+
+    Those as bits take the place of a part inside the library, which a release may change.
     """
-    if not masks_are_own():
-        return False
-    row = trial_row(device)
-    return works(
-        lambda: errors(_OnRow(row, CAUSAL, bits=True), row, dtype, heads, sizes),
+    if masks_are_own() and trial.passed(
+        partial(_OnRow, bits=True),
+        kind,
+        device,
         "preftree's masks do not fit the installed flash-attn-4, whose own serve, somewhat slower",
+    ):
+        return True
+    own = trial.passed(
+        partial(_OnRow, bits=False),
+        kind,
+        device,
+        f"the installed flash-attn-4 does not compute attention with masks at head size {kind.size}, another backend serves",
     )
+    return False if own else None
 
 
 def _mask(

@@ -8,12 +8,13 @@ costs what its trees cost, not the square of the row.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from preftree.attention import varlen_kernels
+from preftree.attention import fa4, trial, varlen_kernels
 from preftree.attention.layer import Layer
 from preftree.attention.mask import Rule
 from preftree.attention.passes import Gradients, differentiable, recomputed_backward, recomputed_forward
@@ -35,16 +36,16 @@ def bind(row: PackedRow, rule: Rule):
 class _OnRow:
     """Attention bound to a row."""
 
-    def __init__(self, row: PackedRow, rule: Rule):
-        self.row, self.rule = row, rule
+    def __init__(self, row: PackedRow, rule: Rule, kernel: str | None = None):
+        self.row, self.rule, self._given = row, rule, kernel
         self._one_by_one: _OneByOne | None = None
         self._kernels: dict[Layer, str | None] = {}
 
     def _kernel(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> str | None:
-        """See `varlen_kernels.choose`; None for blocks one by one."""
+        """See `_kernel_for`."""
         layer = Layer.of(q_BHSD, k_BGSD, v_BGSE, self.rule, scores)
         if layer not in self._kernels:
-            self._kernels[layer] = varlen_kernels.choose(layer)
+            self._kernels[layer] = self._given or _kernel_for(layer, q_BHSD.device)
         return self._kernels[layer] if self.row.num_tokens else None
 
     def __call__(self, q_BHSD, k_BGSD, v_BGSE, scores: Scores) -> torch.Tensor:
@@ -63,19 +64,38 @@ class _OnRow:
         if self._kernel(q_BHSD, k_BGSD, v_BGSE, scores) != "fa4":
             return recomputed_forward(self, q_BHSD, k_BGSD, v_BGSE, scores)
         plan, window = plan_paths(self.row, self.rule.window), self.rule.window
-        q_SHD, k_SGD, v_SGE = map(_by_token, (q_BHSD, k_BGSD, v_BGSE))
+        q_SHD, k_SGD, v_SGE = map(_by_token, fa4.widened(q_BHSD, k_BGSD, v_BGSE))
         out_SHE, lse_HT = varlen_kernels.fa4_forward(q_SHD, k_SGD, v_SGE, plan, window, scores)
+        out_SHE = fa4.narrowed(out_SHE, v_BGSE.shape[-1])
         return out_SHE.transpose(0, 1)[None], F.pad(lse_HT, (0, len(self.row) - plan.num_tokens))[None]
 
     def backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE, lse_BHS, scores: Scores) -> Gradients:
         if self._kernel(q_BHSD, k_BGSD, v_BGSE, scores) != "fa4":
             return recomputed_backward(self, grad_BHSE, q_BHSD, k_BGSD, v_BGSE, scores)
         plan, window = plan_paths(self.row, self.rule.window), self.rule.window
-        grad, q, k, v, out = map(_by_token, (grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE))
+        grad, q, k, v, out = map(_by_token, fa4.widened(grad_BHSE, q_BHSD, k_BGSD, v_BGSE, out_BHSE))
         lse_HT = lse_BHS.squeeze(0)[:, : plan.num_tokens].contiguous()
         *by_token, dsinks = varlen_kernels.fa4_backward(grad, q, k, v, out, lse_HT, plan, window, scores)
         dq, dk, dv = (x.transpose(0, 1)[None] for x in by_token)
-        return dq, dk, dv, dsinks, None
+        dq, dk = (fa4.narrowed(x, q_BHSD.shape[-1]) for x in (dq, dk))
+        return dq, dk, fa4.narrowed(dv, v_BGSE.shape[-1]), dsinks, None
+
+
+@cache
+def _fa4_works(kind: Layer, device: torch.device) -> bool:
+    """Whether FlashAttention-4 gives what it should, tried on a few numbers."""
+    warning = (
+        f"the installed flash-attn-4 does not compute attention path by path at head size {kind.size}, torch does it"
+    )
+    return trial.passed(partial(_OnRow, kernel="fa4"), kind, device, warning)
+
+
+def _kernel_for(layer: Layer, device: torch.device) -> str | None:
+    """The fastest kernel that serves a layer and gives what it should; None for blocks one by one."""
+    kernel = varlen_kernels.choose(layer)
+    if kernel == "fa4" and not _fa4_works(trial.kind_of(layer), device):
+        return "torch" if varlen_kernels.torch_refusal(layer) is None else None
+    return kernel
 
 
 def _by_token(x_BHSD: torch.Tensor) -> torch.Tensor:

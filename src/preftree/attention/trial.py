@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from preftree.attention.mask import visible_nodes
+from preftree.attention.layer import Layer
+from preftree.attention.mask import CAUSAL, Rule, sliding_window, visible_nodes
 from preftree.attention.scores import Scores, repeat_heads
-from preftree.kernels import relative_errors
+from preftree.kernels import relative_errors, works
 from preftree.packing import PackedRow, pack
 from preftree.tree import TokenTree
+
+_WINDOW = sliding_window(100)
 
 
 def trial_row(device: torch.device) -> PackedRow:
@@ -20,13 +25,30 @@ def trial_row(device: torch.device) -> PackedRow:
     return pack([pair, TokenTree.from_sequences([[3] * 50], [1])], 400)[0].to(device)
 
 
+def kind_of(layer: Layer) -> Layer:
+    """What tells layers apart whose kernels are tried one by one."""
+    return replace(layer, rule=CAUSAL if layer.rule.causal else _WINDOW, softcap=False, sinks=False, bias=False)
+
+
+def passed(bind: Callable[[PackedRow, Rule], Any], kind: Layer, device: torch.device, warning: str) -> bool:
+    """Whether what ``bind`` gives for the row of the trial computes right to half precision; otherwise it is warned of."""
+    row = trial_row(device)
+    heads, sizes = (kind.heads, kind.groups), (kind.size, kind.value_size)
+    return works(lambda: errors(bind(row, kind.rule), row, kind.dtype, heads, sizes, kind.rule), warning)
+
+
 def errors(
-    attention: Any, row: PackedRow, dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int]
+    attention: Any,
+    row: PackedRow,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    rule: Rule = CAUSAL,
 ) -> list[float]:
-    """Relative norms of the errors of output and gradients of queries, keys and values.
+    """Relative norms of the errors of output and gradients of queries, keys and values, at all but the row's padding.
 
     Args:
-        attention: with the two passes of `attention.passes`, bound to ``row`` and causal.
+        attention: with the two passes of `attention.passes`, bound to ``row`` and ``rule``.
         heads: query and key-value heads.
         sizes: of queries and keys, and of values.
     """
@@ -36,12 +58,13 @@ def errors(
         torch.randn(1, len(row), *shape, device=row.device, generator=generator).to(dtype).transpose(1, 2)
         for shape in shapes
     )
+    grad[:, :, row.num_tokens :] = 0  # what padding gives is each backend's own, and nobody's to read
     scores = Scores(sizes[0] ** -0.5)
     with torch.autocast(row.device.type, enabled=False):
         out, lse = attention.forward(q, k, v, scores)
         found = (out, *attention.backward(grad, q, k, v, out, lse, scores)[:3])
-        expected = _written_out(q, k, v, grad, visible_nodes(row), scores.scale)
-    return relative_errors(found, expected)
+        expected = _written_out(q, k, v, grad, visible_nodes(row, rule), scores.scale)
+    return relative_errors(*([x[:, :, : row.num_tokens] for x in results] for results in (found, expected)))
 
 
 def _written_out(
