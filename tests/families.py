@@ -118,6 +118,175 @@ EXACT: dict[str, tuple[str, dict]] = {
     "starcoder2": ("Starcoder2", {"sliding_window": 5, "residual_dropout": 0.0, "embedding_dropout": 0.0}),
 }
 
+_SSM = {
+    "mamba_d_state": 4,
+    "mamba_d_conv": 3,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+}
+
+# Parts of their layers run along paths. name: (family prefix, settings on top of _SIZE, how many parts do, of how many).
+ALONG_PATHS: dict[str, tuple[str, dict, tuple[int, int]]] = {
+    "mamba": ("Mamba", {"state_size": 4}, (3, 3)),
+    "mamba2": (
+        "Mamba2",
+        {"expand": 2, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+        (3, 3),
+    ),
+    "falcon_mamba": ("FalconMamba", {"state_size": 4}, (3, 3)),
+    "jamba": (
+        "Jamba",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+        },
+        (2, 3),
+    ),
+    "bamba": ("Bamba", _SSM | {"attn_layer_indices": [1]}, (2, 3)),
+    "falcon_h1": ("FalconH1", _SSM | {"mamba_d_ssm": 64, "head_dim": 8}, (3, 6)),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        _SSM
+        | {
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 24,
+        },
+        (2, 3),
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            "layers_block_type": ["mamba", "attention", "moe"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 24,
+        },
+        (1, 2),
+    ),
+    "zamba2": (
+        "Zamba2",
+        {
+            "mamba_d_state": 8,
+            "mamba_ngroups": 1,
+            "n_mamba_heads": 4,
+            "chunk_size": 8,
+            "layers_block_type": ["mamba", "hybrid", "mamba"],
+            "hybrid_layer_ids": [1],
+            "num_mem_blocks": 1,
+            "adapter_rank": 4,
+            "attention_head_dim": 16,
+            "kv_channels": 8,
+        },
+        (3, 4),
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        _MOE
+        | _LINEAR
+        | {"num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 24, "initializer_range": 0.15},
+        (2, 3),
+    ),
+    "qwen3_5": ("Qwen3_5", _LINEAR | {"head_dim": 8}, (2, 3)),
+    "olmo_hybrid": ("OlmoHybrid", _LINEAR, (2, 3)),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, (2, 3)),
+    "minimax": (
+        "MiniMax",
+        {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "block_size": 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+        },
+        (2, 3),
+    ),
+    "kimi_linear": (
+        "KimiLinear",
+        _MOE
+        | {
+            "num_local_experts": 4,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "num_key_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_attn_config": {
+                "full_attn_layers": [2],
+                "kda_layers": [1, 3],
+                "num_heads": 4,
+                "head_dim": 8,
+                "short_conv_kernel_size": 3,
+            },
+        },
+        (2, 3),
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        {"lru_width": 32, "attention_window_size": 4, "block_types": ["recurrent", "attention"]},
+        (2, 3),
+    ),
+    # Its time and its channel mixing look back.
+    "rwkv": ("Rwkv", {"attention_hidden_size": 32, "context_length": 64}, (6, 6)),
+    "falcon-rope": (
+        "Falcon",
+        {"hidden_dropout": 0.0, "alibi": False, "num_kv_heads": 2, "new_decoder_architecture": True},
+        (3, 3),
+    ),
+    "falcon-alibi": ("Falcon", {"hidden_dropout": 0.0, "alibi": True}, (3, 3)),
+    "bloom": ("Bloom", {"n_head": 4, "hidden_dropout": 0.0}, (3, 3)),
+    "mpt": ("Mpt", {"d_model": 32, "n_heads": 4}, (3, 3)),
+    "gptj": ("GPTJ", _GPT2 | {"rotary_dim": 4}, (3, 3)),
+    "codegen": ("CodeGen", _GPT2 | {"rotary_dim": 4}, (3, 3)),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            "num_layers": 3,
+            "num_heads": 4,
+            "attention_types": [[["global", "local", "local"], 1]],
+            "window_size": 4,
+            "embed_dropout": 0.0,
+            "resid_dropout": 0.0,
+        },
+        (3, 3),
+    ),
+    "gpt_neox_japanese": ("GPTNeoXJapanese", {"hidden_dropout": 0.0}, (3, 3)),
+    "openai-gpt": ("OpenAIGPT", _GPT2, (3, 3)),
+    "xglm": ("XGLM", {"d_model": 32, "ffn_dim": 48, "attention_heads": 4, "dropout": 0.0}, (3, 3)),
+    "llama4-temperature": ("Llama4", _LLAMA4 | {"floor_scale": 4}, (3, 3)),
+    "deepseek_v32": (
+        "DeepseekV32",
+        EXACT["deepseek_v3"][1]
+        | {"index_topk": 6, "index_n_heads": 8, "index_head_dim": 8, "first_k_dense_replace": 3},
+        (3, 3),
+    ),
+}
+
 # name: (family prefix, settings, what the error must name)
 REFUSED: dict[str, tuple[str, dict, str]] = {
     "dynamic-rope": (
@@ -141,31 +310,15 @@ REFUSED: dict[str, tuple[str, dict, str]] = {
     "dropout": ("GPT2", _GPT2 | {"resid_pdrop": 0.1}, "dropout"),
     "attention-dropout": ("Llama", {"attention_dropout": 0.1}, "dropout"),
     "router-noise": ("Mixtral", _MOE | {"router_jitter_noise": 0.1}, "in training its forward pass is random"),
-    "bloom": ("Bloom", {"n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}, "position_ids"),
-    "mpt": ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "alibi"),
-    "falcon": ("Falcon", {"hidden_dropout": 0.0, "alibi": True}, "alibi"),
-    "falcon-rope": ("Falcon", {"hidden_dropout": 0.0, "alibi": False}, "attention code of their own"),
-    "gptj": ("GPTJ", _GPT2 | {"rotary_dim": 4}, "attention code of their own"),
-    "codegen": ("CodeGen", _GPT2 | {"rotary_dim": 4}, "attention code of their own"),
-    "mamba": ("Mamba", {"state_size": 4}, "linear_attention"),
-    "qwen3_next": (
-        "Qwen3Next",
-        _MOE
-        | {
-            "num_experts": 4,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "num_hidden_layers": 4,
-            "head_dim": 8,
-            "shared_expert_intermediate_size": 24,
-        },
-        "linear_attention",
+    "roberta-decoder": (
+        "Roberta",
+        {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        "place in the row",
     ),
-    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "conv"),
-    "llama4-temperature": ("Llama4", _LLAMA4, "attn_temperature_tuning"),
     "bert-encoder": ("Bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "not causal"),
 }
-_HEADS = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel"}
-_CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
+_HEADS = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel", "OpenAIGPT": "OpenAIGPTLMHeadModel"}
+_CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
 
 
 def build(
@@ -183,14 +336,16 @@ def build(
     model = model_class._from_config(config_class(**(sizes | settings)), **loading).float().eval()
     # Norms and biases start at one and zero, which hides what they would add: shake everything a little.
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+            if name.endswith("A_log"):  # what forgets within a token says nothing of tokens before it, but rounding
+                parameter.clamp_(max=-1.0)
     return model
 
 
 def exact_model(name: str, seed: int = 0, size: int | None = None, **loading) -> transformers.PreTrainedModel:
-    """A family of `EXACT`; ``size`` asks for heads of that size, for kernels that take no smaller ones."""
-    family, settings = EXACT[name]
+    """A family of `EXACT` or `ALONG_PATHS`; ``size`` asks for heads of that size, for kernels that take no smaller ones."""
+    family, settings, *_ = EXACT.get(name) or ALONG_PATHS[name]
     if size is not None:
         sized = {"hidden_size": 4 * size, "head_dim": size} if "n_embd" not in settings else {"n_embd": 4 * size}
         if "qk_rope_head_dim" in settings:

@@ -52,12 +52,25 @@ def sees_its_sibling(row):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("fault", [wrong_positions, sees_its_sibling])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-def test_wrong_arithmetic_is_refused(family, fault, dtype, monkeypatch):
-    monkeypatch.setattr(verify, "pack", lambda *args, **options: [fault(row) for row in pack(*args, **options)])
+def test_wrong_arithmetic_is_refused(family, dtype, monkeypatch):
+    monkeypatch.setattr(
+        verify, "pack", lambda *args, **options: [wrong_positions(row) for row in pack(*args, **options)]
+    )
     with pytest.raises(NotImplementedError, match="differ from the stock model's"):
         preftree.prepare_model(build(family, DEEP).to(dtype), backend="dense")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_wrong_attention_is_left_for_paths(family, dtype, monkeypatch):
+    """Which do not look at what the mask says; that they serve, and why, is warned of."""
+    monkeypatch.setattr(
+        verify, "pack", lambda *args, **options: [sees_its_sibling(row) for row in pack(*args, **options)]
+    )
+    with pytest.warns(UserWarning, match=f"{family}Attention run along each path .* differ from the stock model's"):
+        model = preftree.prepare_model(build(family, DEEP).to(dtype), backend="dense")
+    assert len(model._preftree.along_paths) == len(model.model.layers)
 
 
 def test_kernels_without_a_fixed_order_are_no_noise(monkeypatch):

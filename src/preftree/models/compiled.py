@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ _DYNAMO: dict[str, Any] = {
 }
 
 
-def compile_layers(model: torch.nn.Module, or_stock: bool = False, memory_budget: float = 1.0) -> int:
+def compile_layers(
+    model: torch.nn.Module, or_stock: bool = False, memory_budget: float = 1.0, apart: Sequence[torch.nn.Module] = ()
+) -> int:
     """Let the decoder layers of a transformers model run rows compiled; returns how many it found.
 
     Layers of one class run the same code, so that the first one's compilation serves all; lengths are symbolic, so that it
@@ -60,8 +62,14 @@ def compile_layers(model: torch.nn.Module, or_stock: bool = False, memory_budget
         or_stock: layers that do not compile run as they are, with a warning; otherwise that raises.
         memory_budget: share of what a layer would keep for its backward pass that it may keep; the rest is computed again
             there, what takes least operations first. 1 computes only what costs next to nothing; 0 the whole layer.
+        apart: parts that run along paths (see `mixers`): layers with one are left as they are.
     """
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    kept = set(apart)
+    layers: list[Any] = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer) and kept.isdisjoint(layer.modules())
+    ]
     for layer in layers:
         if not getattr(layer, "runs_rows_compiled", False):
             kind: Any = type(layer)

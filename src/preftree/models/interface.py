@@ -9,16 +9,17 @@ layer receives the row inside its mask, a layer that activation checkpointing ru
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import (
     causal_mask_function,
     chunked_overlay,
@@ -52,6 +53,9 @@ class ActiveRow:
             which a compiled kernel's backward pass does not expect of others.
         wanted: LongTensor ``[N]``, the only tokens that the last layer need be computed at (see `last_layer`), or None.
         cut: the last layer was computed at these alone.
+        attention_calls: of layers, through the row's attention.
+        path_calls: of parts of layers that run along the row's paths (see `mixers`).
+        paths_together: all of these in one batch, not in several of about one length.
         masks: those that were made for layers of this forward pass, while it runs.
     """
 
@@ -61,6 +65,8 @@ class ActiveRow:
     wanted: torch.Tensor | None = None
     cut: bool = False
     attention_calls: int = 0
+    path_calls: int = 0
+    paths_together: bool = False
     masks: list[RowMask] = field(default_factory=list)
 
 
@@ -81,9 +87,42 @@ def activate(
         active.masks = []  # each holds the row
 
 
-def row_is_active() -> bool:
-    """Whether the forward pass that is running is that of a row."""
-    return _active_row.get() is not None
+def active_row() -> ActiveRow | None:
+    """The row of the forward pass that is running, or None for an ordinary one."""
+    return _active_row.get()
+
+
+@contextmanager
+def resumed(active: ActiveRow | None) -> Iterator[None]:
+    """While inside, the forward pass is that of a row again, or of none."""
+    token = _active_row.set(active)
+    try:
+        yield
+    finally:
+        _active_row.reset(token)
+
+
+@contextmanager
+def under_stock_name(config: PreTrainedConfig | None) -> Iterator[None]:
+    """While inside, a prepared model's code reads the name of the attention that serves its ordinary batches.
+
+    Some families' code does more by itself where it is one of those they know.
+    """
+    name = None if config is None else config._attn_implementation
+    stock = {OVER_SDPA: "sdpa", OVER_EAGER: "eager"}.get(name or "")
+    if config is None or stock is None:
+        yield
+        return
+    config._attn_implementation = stock
+    try:
+        yield
+    finally:
+        config._attn_implementation = name
+
+
+def no_row() -> AbstractContextManager[None]:
+    """While inside, the forward pass is an ordinary one: of a part of a layer, on sequences."""
+    return resumed(None)
 
 
 class KeysReached(Exception):  # noqa: N818
@@ -100,6 +139,7 @@ class RowMask:
         nodes: the tokens that the layer is computed at, if not all of the row's.
         keys: keys and values of all tokens, for such a layer to attend to in place of its own.
         wants_keys: attention is not to be computed, its keys and values are thrown as `KeysReached`.
+        stock: what makes the stock model's mask in this one's place, given a batch's sizes.
         handle: for compiled layers, the mask's number (see `operator`); None where attention has to stay outside.
         at_wanted: the same at `ActiveRow.wanted` alone, from when a layer first asked for it.
     """
@@ -109,6 +149,7 @@ class RowMask:
     nodes: torch.Tensor | None = None
     keys: tuple[torch.Tensor, torch.Tensor] | None = None
     wants_keys: bool = False
+    stock: Callable[..., torch.Tensor | None] | None = None
     handle: torch.Tensor | None = field(init=False, default=None)
     at_wanted: RowMask | None = field(init=False, default=None)
 
@@ -116,6 +157,13 @@ class RowMask:
         self.active.masks.append(self)
         if not may_use_flex(self.active.backend, self.active.row.device):
             self.handle = operator.register(self, self.active.row.device)
+
+    def for_sequences(self, count: int, length: int) -> torch.Tensor | None:
+        """The mask that the stock model makes for sequences ``[count, length]`` (None where it makes none)."""
+        # One for all: a family's rule may know of each sequence of the batch that it was made for, here one row.
+        sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0}
+        mask = self.stock(**(sizes | {"attention_mask": None})) if self.stock is not None else None
+        return mask if mask is None else mask.expand(count, *mask.shape[1:])
 
     def but(self, **changes: Any) -> RowMask:
         """A copy under the same number, which lasts as long as this mask does."""
@@ -185,7 +233,9 @@ def _tree_mask(fallback):
         active = _active_row.get()
         if active is None:
             return fallback(*args, mask_function=mask_function, local_size=local_size, **kwargs)
-        return RowMask(active, TreeAttention(active.row, _rule(mask_function, local_size), active.backend))
+        attend = TreeAttention(active.row, _rule(mask_function, local_size), active.backend)
+        stock = functools.partial(fallback, *args, mask_function=mask_function, local_size=local_size, **kwargs)
+        return RowMask(active, attend, stock=stock)
 
     return mask
 

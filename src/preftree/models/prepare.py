@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from preftree.attention import check_backend
-from preftree.models import interface
+from preftree.models import interface, mixers
 from preftree.models.compiled import check_memory_budget, compile_layers, worth_compiling
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
-from preftree.models.refusals import find_refusal
-from preftree.models.verify import cut_last_layer, verify_on_tree
+from preftree.models.refusals import find_refusal, read_by_index
+from preftree.models.verify import cut_last_layer, in_evaluation, small_batch, small_row, verify_on_tree
 from preftree.packing import PackedRow
 
 
@@ -80,25 +81,65 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
     if (refusal := find_refusal(base)) is not None:
         setting, reason = refusal
         raise NotImplementedError(f"{family} cannot share prefixes exactly: {setting}: {reason}")
-    for argument in ("input_ids", "position_ids", "attention_mask"):
+    for argument in ("input_ids", "attention_mask"):
         if not takes(base, argument):
             raise NotImplementedError(
-                f"{family} cannot share prefixes exactly: its forward pass takes no {argument}, so tokens cannot be "
-                "placed by their position in the sequence"
+                f"{family} cannot share prefixes exactly: its forward pass takes no {argument}, which a row is given by"
             )
     implementation = base.config._attn_implementation
     name = interface.OVER_EAGER if _serves_eagerly(base, implementation) else interface.OVER_SDPA
     try:
         prepared = PreparedModel(base, backend)
         base.set_attn_implementation(name)
-        if verify:
-            prepared.rounding = verify_on_tree(prepared)
+        _follow_the_tree(prepared, verify)
     except Exception as error:
         restore_attention(base, implementation)
         if isinstance(error, NotImplementedError):
             raise NotImplementedError(f"{family} cannot share prefixes exactly: {error}") from error
         raise
     return prepared
+
+
+def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
+    """Let each part of the layers that mixes tokens do so by the tree: through the row's mask, or along its paths.
+
+    Raises:
+        NotImplementedError: if the result is not the stock model's, and why.
+    """
+    reason: Any = None
+    if (by_index := read_by_index(prepared.model)) is None:
+        try:
+            prepared.rounding = verify_on_tree(prepared) if verify else None
+            return
+        except NotImplementedError as error:
+            reason = error
+    with in_evaluation(prepared.model):
+        mixing = mixers.find_mixers(prepared.layers, lambda: prepared.stock_forward(**small_batch(prepared)))
+        prepared.mixing_parts = len(mixing)
+        lost = mixers.find_lost(mixing, lambda: prepared.hidden_states(small_row(prepared)))
+    # What reads indices where a small row does not show it could be in any part.
+    whole = by_index is not None and not by_index[0].startswith("layer types")
+    for parts in [mixing] if whole else [lost, mixing]:
+        if not parts:
+            continue
+        mixers.run_along_paths(parts)
+        prepared.along_paths = parts
+        try:
+            prepared.rounding = verify_on_tree(prepared)
+            kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
+            why = str(reason) if by_index is None else ": ".join(by_index)
+            warnings.warn(
+                f"{type(prepared.model).__name__}: {kinds} run along each path of a row, exactly but without sharing: what "
+                f"they compute of a prompt, they compute once for each response ({why})",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
+        except NotImplementedError as error:
+            mixers.restore(parts)
+            prepared.along_paths = []
+            reason = reason or error
+    raise NotImplementedError(str(reason) if by_index is None else f"{': '.join(by_index)} (along its paths: {reason})")
 
 
 def prepare_model(
@@ -114,6 +155,10 @@ def prepare_model(
     batches do what it did before. Generation, scoring, saving and loading work as before. Calling it again only changes
     the backend, and compiles layers that were not.
 
+    Parts of layers that mix tokens otherwise than by attention through transformers' interface (recurrences, convolutions,
+    attention code of a family's own, biases by index) run along each path of a row, as on sequences alone; a warning names
+    them, since what they compute is not shared.
+
     Args:
         model: a `PreTrainedModel` with a language-modelling head (or a sequence classifier, for rewards), or a PEFT model
             around one.
@@ -121,8 +166,9 @@ def prepare_model(
             "flex" FlexAttention (GPU), "varlen" goes path by path, "dense" is the specification.
         verify: run a tree of some thirty tokens through the model and compare with the stock model on each of its
             sequences alone. Takes a few short forward passes.
-        compile: run the decoder layers of rows under `torch.compile`, one compilation for all lengths. None: where that pays,
-            on a GPU; layers that cannot be compiled then run as they are, with a warning.
+        compile: run the decoder layers of rows under `torch.compile`, one compilation for all lengths; not those with parts
+            that run along paths. None: where that pays, on a GPU; layers that cannot be compiled then run as they are, with a
+            warning.
         activation_memory_budget: share of what a compiled layer would keep for its backward pass that it may keep, from 0 to
             1; the rest is computed again there, what takes least operations first.
 
@@ -145,7 +191,7 @@ def prepare_model(
         setattr(base, ATTRIBUTE, prepared)
         base.forward = MethodType(_tree_aware(type(base).forward), base)
     if compile or (compile is None and worth_compiling(base)):
-        compile_layers(base, compile is None, activation_memory_budget)
+        compile_layers(base, compile is None, activation_memory_budget, prepared.along_paths)
     return model
 
 

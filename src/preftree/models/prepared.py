@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from preftree.models import interface
+from preftree.models import interface, mixers
 from preftree.models.replaced import forward_replaced
 from preftree.models.tables import adding_where_they_lie
 from preftree.packing import PackedRow
@@ -28,6 +29,10 @@ class PreparedModel:
         contiguous: see `interface.ActiveRow`.
         rounding: how far hidden states of a small row may lie from the stock model's (see `verify`); None if not measured.
         last_layer_at_tokens: the last layer can be computed at some tokens alone (see `last_layer`).
+        along_paths: parts of layers that run along the row's paths (see `mixers`).
+        paths_together: see `interface.ActiveRow`; known from the first row, that of the verification.
+        mixing_parts: all parts that mix tokens, these included; 0 if that has not been looked for.
+        takes_positions: whether the backbone is told where tokens stand.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str):
@@ -41,6 +46,10 @@ class PreparedModel:
         self.attention_layers = _num_layers(model)
         self.rounding: float | None = None
         self.last_layer_at_tokens = False
+        self.along_paths: list[torch.nn.Module] = []
+        self.mixing_parts = 0
+        self.paths_together = False
+        self.takes_positions = takes(self.backbone, "position_ids")
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +101,7 @@ class PreparedModel:
             NotImplementedError: if a layer does not attend through the tree.
         """
         device = row.device
+        positions = row.position_ids if position_ids is None else position_ids
         # What routers say is asked of all tokens; and without any token, the last layer's weights would see no gradient.
         cut = (
             self.last_layer_at_tokens
@@ -102,20 +112,24 @@ class PreparedModel:
         with (
             interface.activate(row, self.backend, self.contiguous, wanted if cut else None) as active,
             adding_where_they_lie(self.model.get_input_embeddings()),
+            mixers.in_checkpoints(self.model, active) if self.along_paths else nullcontext(),
+            nullcontext() if self.takes_positions else _embedded_at(self.backbone, positions),
         ):
+            active.paths_together = self.paths_together
             output = (forward or self.backbone)(
                 input_ids=row.input_ids[None],
                 attention_mask=torch.ones(1, len(row), dtype=torch.long, device=device),
-                position_ids=(row.position_ids if position_ids is None else position_ids)[None],
                 use_cache=False,
+                **({"position_ids": positions[None]} if self.takes_positions else {}),
                 **options,
             )
             # Compiled layers find their masks by number: whoever can go back to these hidden states keeps them.
             if (origin := output.last_hidden_state.grad_fn) is not None:
                 origin.metadata[ATTRIBUTE] = active.masks
+        self.paths_together = active.paths_together
         if wanted is not None and not active.cut:
             output.last_hidden_state = output.last_hidden_state[:, wanted]
-        if active.attention_calls < self.attention_layers:
+        if active.attention_calls + active.path_calls < (self.mixing_parts or self.attention_layers):
             raise NotImplementedError(
                 f"{active.attention_calls} of its {self.attention_layers} layers attend through transformers' "
                 "attention interface; the others have attention code of their own, or mix tokens by other means"
@@ -166,6 +180,24 @@ class PreparedModel:
             return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits.squeeze(0)
 
 
+@contextmanager
+def _embedded_at(backbone: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """While inside, a backbone that counts positions by itself, as it is not told them, embeds these."""
+
+    def place(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs | {"position_ids": positions}
+
+    embeddings = [
+        part for part in backbone.modules() if isinstance(part, torch.nn.Embedding) and takes(part, "position_ids")
+    ]
+    hooks = [part.register_forward_pre_hook(place, with_kwargs=True) for part in embeddings]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _HiddenStates(BaseModelOutputWithPast):
     """A backbone's output that has None for whatever else a family's output class holds (router logits, ...)."""
 
@@ -179,13 +211,13 @@ def has_score_head(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings() is None and isinstance(getattr(model, "score", None), torch.nn.Module)
 
 
-def takes(model: PreTrainedModel, argument: str) -> bool:
+def takes(model: torch.nn.Module, argument: str) -> bool:
     return argument in inspect.signature(type(model).forward).parameters
 
 
 def _num_layers(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+    for name in ("decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         if isinstance(value := getattr(config, name, None), int):
             return value
     return 1

@@ -90,13 +90,23 @@ def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
             "SDPA has no soft cap, so the stock model itself computes something else; load it with "
             "attn_implementation='eager'"
         )
+    for name, attribute, probability in active_dropout(model):
+        return (
+            f"dropout ({name or 'model'}.{attribute} = {probability})",
+            "a shared prefix would get one dropout mask where separate sequences get several; set it to 0",
+        )
+    return None
+
+
+def read_by_index(model: PreTrainedModel) -> tuple[str, str] | None:
+    """``(setting, reason)`` of the first setting that lets layers compute by a token's index in the row, or None.
+
+    A run on a small row need not show it: scales that grow with the index may begin to at some thousand tokens.
+    """
+    config = model.config.get_text_config()
     others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYER_TYPES)
     if others:
-        return (
-            f"layer types {', '.join(others)}",
-            "only attention layers follow the tree; recurrent, convolutional and key-selecting layers read the row in "
-            "its order",
-        )
+        return f"layer types {', '.join(others)}", "layers that are not attention read the row in its order"
     if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
         return "alibi", "its biases are computed from row indices, not from positions in the sequence"
     if any(
@@ -106,9 +116,4 @@ def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
         return "attn_temperature_tuning", "its query scales are computed from row indices"
     if getattr(config, "index_topk", None):
         return "index_topk", "an indexer selects keys by their index in the row"
-    for name, attribute, probability in active_dropout(model):
-        return (
-            f"dropout ({name or 'model'}.{attribute} = {probability})",
-            "a shared prefix would get one dropout mask where separate sequences get several; set it to 0",
-        )
     return None

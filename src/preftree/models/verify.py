@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from preftree.models.interface import under_stock_name
 from preftree.models.last_layer import add_last_layer_hook
 from preftree.models.prepared import PreparedModel
 from preftree.packing import PackedRow, pack
@@ -43,6 +44,28 @@ def _row(trees: list[TokenTree]) -> PackedRow:
     return pack(trees, row_length=sum(len(tree) for tree in trees) + 5)[0]
 
 
+@contextmanager
+def in_evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """While inside, the model is in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def small_row(prepared: PreparedModel) -> PackedRow:
+    """A row of a few trees and padding, on the model's device."""
+    return _row(_trees(prepared.vocabulary_size)[0]).to(prepared.device)
+
+
+def small_batch(prepared: PreparedModel) -> dict[str, Any]:
+    """Arguments of the stock model for one sequence."""
+    sequence = max(_trees(prepared.vocabulary_size)[1], key=len)
+    return {"input_ids": torch.tensor([sequence], device=prepared.device), "use_cache": False}
+
+
 @torch.no_grad()
 def verify_on_tree(prepared: PreparedModel) -> float:
     """Compare hidden states of a small row with the stock model's on each of its sequences alone.
@@ -64,9 +87,7 @@ def verify_on_tree(prepared: PreparedModel) -> float:
     device, dtype = prepared.device, prepared.dtype
     trees, sequences = _trees(prepared.vocabulary_size)
     row = _row(trees).to(device)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_evaluation(model):
         stock, noise, change, scale = [], 0.0, 0.0, 0.0
         for seed, sequence in enumerate(sequences):
             ids = torch.tensor([sequence], device=device)
@@ -115,8 +136,6 @@ def verify_on_tree(prepared: PreparedModel) -> float:
         _verify_head(prepared, sequences[0], device)
         _verify_training(prepared, sequences[0], scale)
         return allowed
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()
@@ -129,19 +148,16 @@ def cut_last_layer(prepared: PreparedModel, allowed: float) -> None:
     if is_deepspeed_zero3_enabled():
         # It gathers a layer's weights in the order in which they are first used, each once.
         return
-    row = _row(_trees(prepared.vocabulary_size)[0]).to(prepared.device)
-    was_training = prepared.model.training
-    prepared.model.eval()
-    expected_NH = prepared.hidden_states(row)[row.read_nodes].double()
-    hook = add_last_layer_hook(prepared.layers)
-    prepared.last_layer_at_tokens = True
-    try:
-        hidden_NH = prepared.hidden_states(row, row.read_nodes).double()
-        equal = hidden_NH.shape == expected_NH.shape and _distance(hidden_NH, expected_NH) <= allowed
-    except Exception:  # in whatever way the family's code stumbles: it is run as a whole then
-        equal = False
-    finally:
-        prepared.model.train(was_training)
+    row = small_row(prepared)
+    with in_evaluation(prepared.model):
+        expected_NH = prepared.hidden_states(row)[row.read_nodes].double()
+        hook = add_last_layer_hook(prepared.layers)
+        prepared.last_layer_at_tokens = True
+        try:
+            hidden_NH = prepared.hidden_states(row, row.read_nodes).double()
+            equal = hidden_NH.shape == expected_NH.shape and _distance(hidden_NH, expected_NH) <= allowed
+        except Exception:  # in whatever way the family's code stumbles: it is run as a whole then
+            equal = False
     prepared.last_layer_at_tokens = equal
     if hook is not None and not equal:
         hook.remove()
@@ -173,7 +189,8 @@ def _stock_hidden(prepared: PreparedModel, ids: torch.Tensor) -> torch.Tensor:
     captured = []
     hook = prepared.backbone.register_forward_hook(lambda module, args, output: captured.append(output))
     try:
-        prepared.stock_forward(input_ids=ids, use_cache=False)
+        with under_stock_name(getattr(prepared.backbone, "config", None)):
+            prepared.stock_forward(input_ids=ids, use_cache=False)
     finally:
         hook.remove()
     return captured[-1].last_hidden_state[0].double()

@@ -1,0 +1,280 @@
+"""Parts of layers that mix tokens by their own means: run along each path of a row's trees, as if it stood alone.
+
+A recurrence, a convolution, an attention with code of its own or with biases by index: whatever it does, it does it to a
+sequence. So its inputs are gathered from the row path by path, the family's own code runs on these as on a batch of sequences
+that are padded behind, and each token's output is read from the first path that holds it. That costs what these parts cost
+without sharing; everything else in a layer, and other layers, still see a shared token once.
+
+What is given for each token goes with the tokens (hidden states, positions, rotations by position); what is made by index
+(masks, ALiBi's biases) is that of any sequence, and so of each path.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, cast
+
+import torch
+
+from preftree.attention.paths import query_blocks
+from preftree.models import interface
+from preftree.models.interface import ActiveRow, RowMask
+from preftree.packing import PackedRow
+
+# Paths run together may be this much shorter than the longest of them.
+_SHORTEST = 0.75
+
+
+@dataclass(frozen=True)
+class PathBatches:
+    """A row's paths, from root to leaf, in batches of about one length.
+
+    Attributes:
+        nodes: LongTensors ``[P, L]``: the row's token at each place of a path; behind a shorter path's end, its last one.
+        source: LongTensor ``[S]``: where among all batches' places, one behind the other, a token's output is read.
+    """
+
+    nodes: tuple[torch.Tensor, ...]
+    source: torch.Tensor
+
+    @classmethod
+    def of(cls, row: PackedRow, together: bool = False) -> PathBatches:
+        """Of a row, made once; all in one batch if ``together``."""
+        key = ("path batches", together)
+        if key not in row.derived:
+            row.derived[key] = cls._of(row, 0.0 if together else _SHORTEST)
+        return row.derived[key]
+
+    @classmethod
+    def _of(cls, row: PackedRow, shortest: float) -> PathBatches:
+        # A row of nothing but padding has one path: weights are to see a gradient, if of zeros.
+        blocks = sorted(
+            query_blocks(row.runs or ((0, 1, -1),)), key=lambda block: -(block.depth + block.stop - block.start)
+        )
+        source = torch.zeros(len(row), dtype=torch.long)
+        batches: list[list[torch.Tensor]] = []
+        first = 0
+        for block in blocks:
+            path = torch.cat([torch.arange(*interval) for interval in block.keys(None)])
+            if not batches or len(path) < shortest * len(batches[-1][0]):
+                batches.append([])
+            longest = len(batches[-1][0]) if batches[-1] else len(path)
+            source[block.start : block.stop] = first + torch.arange(block.depth, len(path))
+            batches[-1].append(torch.cat((path, path[-1:].expand(longest - len(path)))))
+            first += longest
+        return cls(tuple(torch.stack(batch).to(row.device) for batch in batches), source.to(row.device))
+
+
+def along_paths(module: torch.nn.Module, active: ActiveRow, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a module's stock forward pass gives for a row's tokens ``[1, S, ...]`` where it runs along each path by itself."""
+    active.path_calls += 1
+    while True:
+        paths, results = PathBatches.of(active.row, active.paths_together), []
+        with interface.no_row(), interface.under_stock_name(_config(module)):
+            for nodes in paths.nodes:
+                given, named = _along((args, kwargs), nodes, len(active.row))
+                results.append(type(module).forward(module, *given, **named))
+        if len(results) == 1 or _alike(results, paths):
+            return _back(results, paths)
+        # As wide as sequences are long, places in them perhaps, for layers behind to go on with: of one batch then.
+        active.paths_together = True
+
+
+def _alike(results: list[Any], paths: PathBatches) -> bool:
+    """Whether results of several batches can stand one behind the other."""
+    first = results[0]
+    if isinstance(first, torch.Tensor):
+        return first.shape[:2] != paths.nodes[0].shape or len({result.shape[2:] for result in results}) == 1
+    return type(first) not in (tuple, list) or all(_alike(list(each), paths) for each in zip(*results, strict=True))
+
+
+def _config(module: torch.nn.Module) -> Any:
+    """The configuration that a module's code reads, if it has one."""
+    return next((part.config for part in module.modules() if hasattr(part, "config")), None)
+
+
+def _along(given: Any, nodes: torch.Tensor, length: int) -> Any:
+    """An argument for a row as one for paths."""
+    if isinstance(given, RowMask):
+        return given.for_sequences(*nodes.shape)
+    if isinstance(given, torch.Tensor):
+        return _tensor_along(given, nodes, length)
+    if type(given) in (tuple, list):
+        return type(given)(_along(each, nodes, length) for each in given)
+    if type(given) is dict:
+        return {name: _along(each, nodes, length) for name, each in given.items()}
+    return given
+
+
+def _tensor_along(given: torch.Tensor, nodes: torch.Tensor, length: int) -> torch.Tensor:
+    paths, longest = nodes.shape
+    shape = given.shape
+    if given.ndim >= 2 and shape[0] == 1 and shape[1] == length:  # [1, S, ...]: of tokens
+        return given[0][nodes]
+    if given.ndim >= 2 and shape[-2:] == (length, length):  # [1, ..., S, S]: a mask
+        mask = given[..., :longest, :longest]
+        return mask.expand(paths, *mask.shape[1:]) if given.ndim == 4 and shape[0] == 1 else mask
+    if given.ndim == 4 and shape[0] == 1 and shape[2] == length:  # [1, heads or 1, S, D]: of tokens
+        return given[0][:, nodes].transpose(0, 1)
+    if given.ndim == 3 and shape[1] == 1 and shape[2] == length:
+        if not given.is_floating_point():  # [axes, 1, S]: positions on several axes
+            return given[:, 0][:, nodes]
+        return given[..., :longest].repeat(paths, 1, 1)  # [heads, 1, S]: biases of keys
+    if given.ndim == 4 and shape[0] == 1 and shape[-1] == length:  # [1, heads, 1, S]
+        return given[..., :longest].expand(paths, *shape[1:-1], longest)
+    if given.ndim in (1, 2) and shape[0] == length:  # [S], [S, D]: by index
+        return given[:longest]
+    return given
+
+
+def _back(results: list[Any], paths: PathBatches) -> Any:
+    """What each batch of paths gave, as one result for the row's tokens."""
+    first = results[0]
+    if isinstance(first, torch.Tensor):
+        nodes = paths.nodes[0]
+        if first.shape[:2] == nodes.shape:  # [P, L, ...]
+            flat = torch.cat([result.flatten(0, 1) for result in results])
+            return flat.index_select(0, paths.source)[None]
+        if first.shape[:1] == (nodes.numel(),):  # [P L, ...]: a router's, say
+            return torch.cat(results).index_select(0, paths.source)
+        # Weights of attention are nothing that a layer goes on with; what has no tokens is the same for all.
+        return None if first.ndim > 2 and first.shape[0] == len(nodes) else first
+    if type(first) in (tuple, list):
+        return type(first)(_back(list(each), paths) for each in zip(*results, strict=True))
+    return first
+
+
+def _row_aware(stock: Callable[..., Any]) -> Callable[..., Any]:
+    # As `prepare._tree_aware`: no module in a closure.
+    @functools.wraps(stock)
+    def forward(self, *args, **kwargs):
+        active = interface.active_row()
+        run = functools.partial(type(self).forward, self)
+        if active is not None:
+            return along_paths(self, active, args, kwargs)
+        with interface.under_stock_name(_config(self)):
+            return run(*args, **kwargs)
+
+    return forward
+
+
+def run_along_paths(modules: list[torch.nn.Module]) -> None:
+    """Let modules of a model run rows along their paths; everything else as before."""
+    for module in modules:
+        module.forward = MethodType(_row_aware(type(module).forward), module)
+
+
+def restore(modules: list[torch.nn.Module]) -> None:
+    """Undo `run_along_paths`."""
+    for module in modules:
+        vars(module).pop("forward", None)
+
+
+@torch.no_grad()
+def find_lost(mixing: list[torch.nn.Module], run: Callable[[], Any]) -> list[torch.nn.Module]:
+    """Of parts that mix tokens, those that do not attend to a row through its mask.
+
+    Args:
+        mixing: what `find_mixers` gave.
+        run: a run of the prepared model on a row.
+    """
+    lost: list[torch.nn.Module] = []
+
+    def probe(self, *args, **kwargs):
+        active = interface.active_row()
+        stock = functools.partial(type(self).forward, self)
+        if active is None:
+            return stock(*args, **kwargs)
+        if self not in lost:
+            before = active.attention_calls
+            with suppress(Exception):  # in whatever way the family's code stumbles over a row
+                output = stock(*args, **kwargs)
+                if active.attention_calls > before:
+                    return output
+            lost.append(self)
+        return along_paths(self, active, args, kwargs)
+
+    for module in mixing:
+        module.forward = MethodType(probe, module)
+    try:
+        run()
+    finally:
+        restore(mixing)
+    return lost
+
+
+@torch.no_grad()
+def find_mixers(layers: torch.nn.ModuleList | None, run: Callable[[], Any]) -> list[torch.nn.Module]:
+    """Parts of layers whose output at a token changes with tokens before it.
+
+    Args:
+        layers: a model's.
+        run: a run of the stock model on one sequence ``[1, T]``.
+    """
+    calls: dict[torch.nn.Module, tuple[tuple, dict[str, Any]]] = {}
+
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.setdefault(module, (args, kwargs))
+
+    children = [child for layer in layers or () for child in layer.children()]
+    hooks = [child.register_forward_pre_hook(record, with_kwargs=True) for child in children]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [child for child, given in calls.items() if _mixes(child, *given)]
+
+
+def _mixes(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    values = list(args) + list(kwargs.values())
+    place = next(
+        (i for i, x in enumerate(values) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == 3), None
+    )
+    if place is None:
+        return False
+    hidden = cast(torch.Tensor, values[place])
+    changed = hidden.clone()
+    changed[:, :-1] = -changed[:, :-1].roll(1, -1)
+    last = []
+    for given in (hidden, changed):
+        values[place] = given
+        output = module(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+        while isinstance(output, (tuple, list)):
+            output = output[0]
+        if not isinstance(output, torch.Tensor) or output.shape[:2] != hidden.shape[:2]:
+            return False
+        last.append(output[:, -1].double())
+    return bool((last[0] - last[1]).abs().max() > 1e-3 * last[0].abs().max())
+
+
+@contextmanager
+def in_checkpoints(model: torch.nn.Module, active: ActiveRow) -> Iterator[None]:
+    """While inside, what activation checkpointing runs again finds the row that is running now."""
+    before: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and getattr(module, "gradient_checkpointing", False):
+            before.append((module, function))
+            cast(Any, module)._gradient_checkpointing_func = _with_row(function, active)
+    try:
+        yield
+    finally:
+        for module, function in before:
+            module._gradient_checkpointing_func = function
+
+
+def _with_row(checkpoint: Callable[..., Any], active: ActiveRow) -> Callable[..., Any]:
+    def run(function: Callable[..., Any], *args, **kwargs):
+        def again(*given, **named):
+            with interface.resumed(active):
+                return function(*given, **named)
+
+        return checkpoint(again, *args, **kwargs)
+
+    run.keywords = getattr(checkpoint, "keywords", {})  # type: ignore[attr-defined]
+    return run

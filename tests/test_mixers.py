@@ -1,0 +1,165 @@
+"""Parts of layers that run along paths: recurrences, convolutions, attention of families' own; against the stock model."""
+
+import copy
+
+import pytest
+import torch
+from families import ALONG_PATHS, VOCABULARY, build, exact_model
+from oracle import compare_with_stock, random_row, random_sequences, walks_up
+from preference_data import dataset, text_pairs
+from trl_runs import differences, train
+
+import preftree
+from preftree.models import mixers
+from preftree.models.mixers import PathBatches
+from preftree.packing import empty_row
+
+TOLERANCE = 1e-5
+pytestmark = pytest.mark.filterwarnings("ignore:.* run along each path")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ALONG_PATHS)
+def test_family_is_exact(name, seed):
+    groups = random_sequences(torch.Generator().manual_seed(seed), VOCABULARY)
+    model = exact_model(name)
+    logps, gradients = compare_with_stock(model, groups)
+    assert logps <= TOLERANCE
+    worst = max(gradients, key=gradients.get)
+    assert gradients[worst] <= TOLERANCE, worst
+    prepared = model._preftree
+    assert (len(prepared.along_paths), prepared.mixing_parts) == ALONG_PATHS[name][2]
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "deepseek_v32", "bloom"])
+def test_several_rows_add_up(name):
+    groups = random_sequences(torch.Generator().manual_seed(2), VOCABULARY, trees=6)
+    longest = max(len(preftree.TokenTree.from_sequences(*group)) for group in groups)
+    logps, gradients = compare_with_stock(exact_model(name), groups, row_length=longest + 3)
+    assert logps <= TOLERANCE
+    assert max(gradients.values()) <= TOLERANCE
+
+
+# (Zamba2's layers hold layers: reentrant checkpoints within checkpoints, for which autograd raises an error.)
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [
+        *[
+            (name, kind)
+            for name in ("qwen3_5", "mamba", "gptj", "falcon-alibi", "deepseek_v32")
+            for kind in (False, True)
+        ],
+        ("zamba2", False),
+    ],
+)
+def test_activation_checkpointing_is_exact(name, reentrant):
+    """Rows whose backward passes come after all forward passes: each layer that runs again finds its own."""
+    model = exact_model(name).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    stock = copy.deepcopy(model)
+    preftree.prepare_model(model)
+    before = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+    rows = []
+    for seed in (3, 4):
+        trees = [
+            preftree.TokenTree.from_sequences(*group)
+            for group in random_sequences(torch.Generator().manual_seed(seed), VOCABULARY)
+        ]
+        rows.append(preftree.pack(trees)[0])
+    sum(preftree.sequence_logps(model, row).logps.sum() for row in rows).backward()
+    plain = preftree.prepare_model(stock)
+    stock.gradient_checkpointing_disable()
+    sum(preftree.sequence_logps(plain, row).logps.sum() for row in rows).backward()
+    assert [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()] == before
+    for (name, mine), (_, theirs) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "gptj", "deepseek_v32", "llama4-temperature", "bloom"])
+def test_ordinary_batches_run_as_before(name):
+    stock = exact_model(name)
+    model = copy.deepcopy(preftree.prepare_model(copy.deepcopy(stock)))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (3, 19), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    torch.testing.assert_close(model(**given).logits, stock(**given).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_mix_tokens_sees_each_once():
+    model = preftree.prepare_model(exact_model("qwen3_5"))
+    seen = {"mlp": [], "linear_attn": [], "self_attn": []}
+    for name, module in model.named_modules():
+        if (kind := name.rpartition(".")[2]) in seen:
+            inner = module.in_proj_qkv if kind == "linear_attn" else module.q_proj if kind == "self_attn" else module
+            inner.register_forward_hook(lambda m, args, out, kind=kind: seen[kind].append(args[0].shape[:2].numel()))
+    prompt, responses = [5] * 20, [[6] * 4, [7] * 3]
+    tree = preftree.TokenTree.from_sequences([prompt + response for response in responses], [20, 20])
+    row = preftree.pack([tree], 30)[0]
+    preftree.sequence_logps(model, row)
+    assert seen == {"mlp": [30] * 3, "linear_attn": [2 * 24] * 2, "self_attn": [30]}
+
+
+@pytest.mark.parametrize("own", [{}, {"row_length": 64}], ids=["one-row", "several-rows"])
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ["lfm2", "mamba", "falcon-alibi"])
+def test_same_training_as_trl(name, settings, own, tmp_path, tokenizer):
+    family, tiny, _ = ALONG_PATHS[name]
+    model = build(family, tiny | {"vocab_size": len(tokenizer), "eos_token_id": 1})
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    data = dataset(text_pairs(15))
+    theirs, ours = (train(kind, str(tmp_path), data, own=own, **settings) for kind in ("trl", "preftree"))
+    metrics, parameters = differences(theirs, ours)
+    assert metrics <= 1e-5
+    assert parameters <= 1e-5
+    assert (ours.computed["rows"] > 3) == bool(own)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_paths_of_a_row(seed, together):
+    row = random_row(seed, stretch=5)
+    paths = PathBatches.of(row, together)
+    assert PathBatches.of(row, together) is paths
+    walks = [walk[::-1] for walk in walks_up(row)]
+    real = range(row.num_tokens)
+    leaves = [node for node in real if node not in set(row.parent.tolist())]
+    found = [path for nodes in paths.nodes for path in nodes.tolist()]
+    flat = [node for path in found for node in path]
+    for node in real:
+        at = int(paths.source[node])
+        assert flat[at] == node
+    for nodes in paths.nodes:
+        for path in nodes.tolist():
+            walk = walks[path[-1]]
+            assert path == walk + walk[-1:] * (len(path) - len(walk))
+            assert together or len(walk) >= 0.75 * len(path)
+    assert sorted(path[-1] for path in found) == leaves
+    assert len(paths.nodes) == 1 or not together
+
+
+def test_row_of_padding_reaches_all_weights():
+    model = preftree.prepare_model(exact_model("mamba"))
+    row = empty_row(8, 0)
+    model._preftree.hidden_states(row).sum().mul(0).backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lm_head" not in name)
+
+
+def test_refused_models_are_left_as_they_were(monkeypatch):
+    """What has run along paths in vain."""
+    monkeypatch.setattr(mixers, "_SHORTEST", 0.75)
+    monkeypatch.setattr(PathBatches, "of", classmethod(lambda cls, row, together=False: _shifted(cls._of(row, 0.75))))
+    model = exact_model("qwen3_next")
+    with pytest.raises(NotImplementedError, match=r"Qwen3NextForCausalLM .* layer types linear_attention"):
+        preftree.prepare_model(model)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def _shifted(paths):
+    return PathBatches(paths.nodes, paths.source.roll(1))
