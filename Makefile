@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # DATA: a local preference file for the benchmarks; OUT: where the demo writes.
 OUT ?= build/demo
 
-.PHONY: demo test test-convergence checkstyle format bench clean
+.PHONY: demo test test-convergence census checkstyle format bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test: $(VENV)/ready
 
 test-convergence: $(VENV)/ready
 	$(RUN) -m pytest -q -n auto -m convergence
+
+# Every model family of the installed transformers: exact, or refused and why.
+census: $(VENV)/ready
+	$(RUN) -m preftree families --out docs/families.md --known src/preftree/families/exact.json
 
 checkstyle: $(VENV)/ready
 	$(RUN) -m ruff check .

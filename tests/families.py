@@ -115,6 +115,15 @@ EXACT: dict[str, tuple[str, dict]] = {
     "granite": ("Granite", {"logits_scaling": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5}),
     "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    # Counts positions from behind its padding token's.
+    "roberta": (
+        "Roberta",
+        {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.1},
+    ),
+    "bart": (
+        "Bart",
+        {"d_model": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "dropout": 0.0},
+    ),
     "starcoder2": ("Starcoder2", {"sliding_window": 5, "residual_dropout": 0.0, "embedding_dropout": 0.0}),
 }
 
@@ -285,6 +294,13 @@ ALONG_PATHS: dict[str, tuple[str, dict, tuple[int, int]]] = {
         | {"index_topk": 6, "index_n_heads": 8, "index_head_dim": 8, "first_k_dense_replace": 3},
         (3, 3),
     ),
+    # Hands what it selects on to the next layer: as many places as the longest sequence has.
+    "glm_moe_dsa": (
+        "GlmMoeDsa",
+        EXACT["deepseek_v3"][1]
+        | {"index_topk": 100, "index_n_heads": 8, "index_head_dim": 8, "first_k_dense_replace": 3},
+        (3, 3),
+    ),
 }
 
 # name: (family prefix, settings, what the error must name)
@@ -310,14 +326,19 @@ REFUSED: dict[str, tuple[str, dict, str]] = {
     "dropout": ("GPT2", _GPT2 | {"resid_pdrop": 0.1}, "dropout"),
     "attention-dropout": ("Llama", {"attention_dropout": 0.1}, "dropout"),
     "router-noise": ("Mixtral", _MOE | {"router_jitter_noise": 0.1}, "in training its forward pass is random"),
-    "roberta-decoder": (
-        "Roberta",
-        {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        "place in the row",
+    "xlm": (
+        "XLM",
+        {"causal": True, "emb_dim": 32, "n_layers": 3, "n_heads": 4, "dropout": 0.0},
+        "attention code of their own",
     ),
     "bert-encoder": ("Bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "not causal"),
 }
-_HEADS = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel", "OpenAIGPT": "OpenAIGPTLMHeadModel"}
+_HEADS = {
+    "GPT2": "GPT2LMHeadModel",
+    "Bert": "BertLMHeadModel",
+    "OpenAIGPT": "OpenAIGPTLMHeadModel",
+    "XLM": "XLMWithLMHeadModel",
+}
 _CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
 
 

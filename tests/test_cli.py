@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from families import ALONG_PATHS, build
 from preference_data import chat_pairs, text_pairs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl_runs import COMMON
@@ -104,6 +105,21 @@ def test_plan_needs_no_weights(recipe, tmp_path, capsys, monkeypatch):
         assert line in out
     assert picture.exists()
     assert (tmp_path / "plan-row.png").exists()
+    assert "along each path" not in out
+
+
+@pytest.mark.parametrize("name", ["mamba", "lfm2"])
+def test_plan_says_what_is_not_shared(name, recipe, tmp_path, tokenizer, capsys):
+    """Of models without any attention, too."""
+    family, settings, _ = ALONG_PATHS[name]
+    folder = tmp_path / name
+    build(family, settings | {"vocab_size": len(tokenizer)}).config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert cli.main(["plan", "--config", str(recipe), "--model_name_or_path", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "expected speed-up" in out
+    assert "parts of the layers run along each path, so that less is saved than this says (layer types" in out
+    assert ("full attention  " in out) == (name == "lfm2")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def test_backends_agree_with_stock(name, implementation, backend):
     assert max(gradients.values()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore:.* run along each path")
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss", "qwen3_next", "falcon_h1", "deepseek_v32", "bloom"])
 def test_several_rows_add_up(name):
     groups = random_sequences(torch.Generator().manual_seed(2), VOCABULARY, trees=6)
     longest = max(len(preftree.TokenTree.from_sequences(*group)) for group in groups)
@@ -53,6 +54,17 @@ def test_activation_checkpointing_is_exact(name, reentrant):
     logps, gradients = compare_with_stock(model, groups)
     assert logps <= TOLERANCE
     assert max(gradients.values()) <= TOLERANCE
+
+
+def test_padding_within_a_sequence_where_it_counts_no_position():
+    model = preftree.prepare_model(exact_model("roberta"))
+    for token, wrong in ((4, False), (model.config.pad_token_id, True)):
+        row = preftree.pack([preftree.TokenTree.from_sequences([[5, token, 6, 7], [5, token, 8]], [2, 2])], 9)[0]
+        if wrong:
+            with pytest.raises(ValueError, match="a sequence holds the padding token 0"):
+                preftree.sequence_logps(model, row)
+        else:
+            preftree.sequence_logps(model, row)
 
 
 @pytest.mark.parametrize("name", REFUSED)

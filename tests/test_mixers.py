@@ -31,15 +31,6 @@ def test_family_is_exact(name, seed):
     assert (len(prepared.along_paths), prepared.mixing_parts) == ALONG_PATHS[name][2]
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "deepseek_v32", "bloom"])
-def test_several_rows_add_up(name):
-    groups = random_sequences(torch.Generator().manual_seed(2), VOCABULARY, trees=6)
-    longest = max(len(preftree.TokenTree.from_sequences(*group)) for group in groups)
-    logps, gradients = compare_with_stock(exact_model(name), groups, row_length=longest + 3)
-    assert logps <= TOLERANCE
-    assert max(gradients.values()) <= TOLERANCE
-
-
 # (Zamba2's layers hold layers: reentrant checkpoints within checkpoints, for which autograd raises an error.)
 @pytest.mark.parametrize(
     ("name", "reentrant"),
@@ -141,6 +132,42 @@ def test_paths_of_a_row(seed, together):
             assert together or len(walk) >= 0.75 * len(path)
     assert sorted(path[-1] for path in found) == leaves
     assert len(paths.nodes) == 1 or not together
+
+
+def test_arguments_along_paths():
+    """What is given for each token goes with the tokens, what is made by index is a sequence's."""
+    nodes, length = torch.tensor([[0, 1, 4], [0, 2, 2]]), 6
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    hidden, rotated, mask, slopes, wide = (
+        draw(1, 6, 3),
+        draw(1, 1, 6, 2),
+        draw(1, 1, 6, 6),
+        draw(4, 1, 6),
+        draw(1, 4, 1, 6),
+    )
+    axes, index, other = torch.arange(18).view(3, 1, 6), draw(6, 5), draw(2, 7)
+    given = {"hidden": hidden, "rotated": (rotated, [rotated]), "mask": mask, "slopes": slopes, "wide": wide}
+    along = mixers._along(
+        given | {"axes": axes, "index": index, "other": other, "cache": None, "flag": True}, nodes, length
+    )
+    for p, path in enumerate(nodes.tolist()):
+        for at, node in enumerate(path):
+            assert torch.equal(along["hidden"][p, at], hidden[0, node])
+            assert torch.equal(along["rotated"][0][p, 0, at], rotated[0, 0, node])
+            assert torch.equal(along["rotated"][1][0], along["rotated"][0])
+            assert torch.equal(along["axes"][:, p, at], axes[:, 0, node])
+            for key in range(3):
+                assert along["mask"][p, 0, at, key] == mask[0, 0, at, key]
+        assert torch.equal(along["slopes"][4 * p : 4 * p + 4], slopes[:, :, :3])
+        assert torch.equal(along["wide"][p], wide[0, :, :, :3])
+    assert torch.equal(along["index"], index[:3])
+    assert along["other"] is other
+    assert (along["cache"], along["flag"]) == (None, True)
+    assert along["slopes"].shape == (8, 1, 3)
 
 
 def test_row_of_padding_reaches_all_weights():

@@ -160,14 +160,17 @@ def test_autocast_reaches_the_whole_row():
     torch.testing.assert_close(out.logps, exact.logps, rtol=0.05, atol=0.5)
 
 
+@pytest.mark.filterwarnings("ignore:.* run along each path")
 @pytest.mark.parametrize("dora", [False, True])
-def test_peft_adapter_on_and_off(dora):
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("llama", ["q_proj", "v_proj", "up_proj"]), ("qwen3_5", ["in_proj_qkv", "out_proj", "q_proj", "up_proj"])],
+)
+def test_peft_adapter_on_and_off(name, targets, dora):
     peft = pytest.importorskip("peft")
     groups = random_sequences(torch.Generator().manual_seed(0), VOCABULARY)
-    base = exact_model("llama")
-    config = peft.LoraConfig(
-        r=3, target_modules=["q_proj", "v_proj", "up_proj"], use_dora=dora, init_lora_weights=False
-    )
+    base = exact_model(name)
+    config = peft.LoraConfig(r=3, target_modules=targets, use_dora=dora, init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(base), config)
     logps, gradients = compare_with_stock(model, groups)
     assert logps <= 1e-5

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from preftree import data, plan, report
+from preftree import data, families, plan, report
 from preftree.packing import pack
 from preftree.plot import draw_lengths, lengths_as_text
 from preftree.trainers.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig, TPOConfig
@@ -39,8 +39,11 @@ commands:
          train by that method; takes what TRL's trainer takes, by the same names (`simpo` is `cpo` with --loss_type simpo
          --cpo_alpha 0)
   plan   read a recipe for dpo and say what sharing prefixes saves on its data; loads no weights
+  families
+         try each model family of the installed transformers, or those named, on a tiny random model of it: exact, or refused
+         and why; --out FILE.md writes the table, exit status 1 says that one is wrong
 
-All take --config recipe.yaml, and every field also as a flag. `preftree dpo --help` lists them.
+All but families take --config recipe.yaml, and every field also as a flag. `preftree dpo --help` lists them.
 """
 
 
@@ -311,6 +314,8 @@ def _plan(command: str, argv: Sequence[str]) -> int:
     lines = [*plan.describe(result), *((kind.replace("_", " "), choice) for kind, choice in choices.items())]
     for name, value in lines:
         print(f"{name:<28} {value}")
+    if (reason := plan.unshared_parts(config)) is not None:
+        print(f"parts of the layers run along each path, so that less is saved than this says ({reason})")
     lengths = {"prompt": result.prompts, "response": result.responses, "pair, shared": result.trees}
     print(lengths_as_text({f"tokens of a {name}": values for name, values in lengths.items()}))
     if script.draw:
@@ -320,7 +325,34 @@ def _plan(command: str, argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {**dict.fromkeys(METHODS, _train), "plan": _plan}
+def _families(command: str, argv: Sequence[str]) -> int:
+    known = families.causal_families()
+    parser = argparse.ArgumentParser(prog=f"preftree {command}")
+    parser.add_argument("family", nargs="*", help="`model_type`s; all of them without")
+    parser.add_argument("--out", type=Path, help="Markdown file for the table")
+    parser.add_argument("--known", type=Path, help="JSON file for the families that are exact")
+    options = parser.parse_args(argv)
+    if unknown := [name for name in options.family if name not in known]:
+        raise ValueError(f"transformers has no causal language model of family {', '.join(unknown)}")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    findings = []
+    for family in options.family or known:
+        found = families.examine(family, known[family])
+        findings.append(found)
+        errors = f"log-probs {found.logps:.0e}, gradients {found.gradients:.0e}"
+        along = f", {found.along_paths} of {found.mixing} parts along paths" if found.along_paths else ""
+        said = errors + along if found.status in ("exact", "wrong") else found.reason
+        print(f"{family:<26} {found.status:<9} {said}", flush=True)
+    print(families.summary(findings))
+    if options.out:
+        options.out.write_text(families.document(findings), encoding="utf-8")
+        print(f"written to {options.out}")
+    if options.known:
+        options.known.write_text(families.exact_families(findings), encoding="utf-8")
+    return int(any(found.status == "wrong" for found in findings))
+
+
+COMMANDS = {**dict.fromkeys(METHODS, _train), "plan": _plan, "families": _families}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from preftree.attention import BACKENDS, Layer, choose_backend, cost
 from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
+from preftree.models.refusals import read_by_index
 from preftree.packing import MANY_LENGTHS, PackedRow, pack, static_length
 from preftree.tree import TokenTree
 
@@ -24,7 +25,10 @@ class ModelCost:
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> ModelCost:
-        """Counted on the model's shape, without weights. A mixture of experts counts its active experts only."""
+        """Counted on the model's shape, without weights. A mixture of experts counts its active experts only.
+
+        All of it counts as shared, also what runs along paths (see `unshared_parts`).
+        """
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         text = config.get_text_config()
@@ -38,8 +42,8 @@ class ModelCost:
             for name, parameter in model.named_parameters()
             if id(parameter) not in embedding
         )
-        heads = text.num_attention_heads
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        heads = getattr(text, "num_attention_heads", None) or 0  # none in a recurrent model
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
         return cls(2 * body, 2 * head, 4 * heads * head_size * text.num_hidden_layers)
 
 
@@ -143,7 +147,9 @@ def attention_layers(config: PreTrainedConfig, device: torch.device) -> dict[str
     A config says nothing of what only the model's code knows (caps, sinks, biases): in training each layer is asked.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        return {}
     nope, rope = (getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
     size = nope + rope if nope and rope else getattr(text, "head_dim", None) or text.hidden_size // heads
     value_size = getattr(text, "v_head_dim", None) or size
@@ -164,6 +170,13 @@ def attention_layers(config: PreTrainedConfig, device: torch.device) -> dict[str
         for kind in dict.fromkeys(kinds)
         if kind in rules
     }
+
+
+def unshared_parts(config: PreTrainedConfig) -> str | None:
+    """Why parts of a model's layers run along paths, so that sharing saves less than is counted; None if none is known to."""
+    with torch.device("meta"):
+        found = read_by_index(AutoModelForCausalLM.from_config(config))
+    return None if found is None else ": ".join(found)
 
 
 def attention_choices(config: PreTrainedConfig, rows: Sequence[PackedRow], device: torch.device) -> dict[str, str]:

@@ -102,22 +102,31 @@ def resumed(active: ActiveRow | None) -> Iterator[None]:
         _active_row.reset(token)
 
 
-@contextmanager
-def under_stock_name(config: PreTrainedConfig | None) -> Iterator[None]:
-    """While inside, a prepared model's code reads the name of the attention that serves its ordinary batches.
+_stock: ContextVar[bool] = ContextVar("preftree_stock", default=False)
 
-    Some families' code does more by itself where it is one of those they know.
+
+def runs_as_stock() -> bool:
+    """Whether what runs is to be the stock model, whatever shares through it."""
+    return _stock.get()
+
+
+@contextmanager
+def as_stock(config: PreTrainedConfig | None) -> Iterator[None]:
+    """While inside, a model with this configuration is the stock model, by the name of its attention too.
+
+    Some families' code does more by itself where that name is one of those they know.
     """
     name = None if config is None else config._attn_implementation
     stock = {OVER_SDPA: "sdpa", OVER_EAGER: "eager"}.get(name or "")
-    if config is None or stock is None:
-        yield
-        return
-    config._attn_implementation = stock
+    token = _stock.set(True)
+    if config is not None and stock is not None:
+        config._attn_implementation = stock
     try:
         yield
     finally:
-        config._attn_implementation = name
+        _stock.reset(token)
+        if config is not None and stock is not None:
+            config._attn_implementation = name
 
 
 def no_row() -> AbstractContextManager[None]:

@@ -74,7 +74,7 @@ def along_paths(module: torch.nn.Module, active: ActiveRow, args: tuple, kwargs:
     active.path_calls += 1
     while True:
         paths, results = PathBatches.of(active.row, active.paths_together), []
-        with interface.no_row(), interface.under_stock_name(_config(module)):
+        with interface.no_row(), interface.as_stock(_config(module)):
             for nodes in paths.nodes:
                 given, named = _along((args, kwargs), nodes, len(active.row))
                 results.append(type(module).forward(module, *given, **named))
@@ -156,7 +156,7 @@ def _row_aware(stock: Callable[..., Any]) -> Callable[..., Any]:
         run = functools.partial(type(self).forward, self)
         if active is not None:
             return along_paths(self, active, args, kwargs)
-        with interface.under_stock_name(_config(self)):
+        with interface.as_stock(_config(self)):
             return run(*args, **kwargs)
 
     return forward

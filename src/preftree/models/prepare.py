@@ -16,7 +16,7 @@ from preftree.models import interface, mixers
 from preftree.models.compiled import check_memory_budget, compile_layers, worth_compiling
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal, read_by_index
-from preftree.models.verify import cut_last_layer, in_evaluation, small_batch, small_row, verify_on_tree
+from preftree.models.verify import cut_last_layer, first_position, in_evaluation, small_batch, small_row, verify_on_tree
 from preftree.packing import PackedRow
 
 
@@ -81,6 +81,11 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
     if (refusal := find_refusal(base)) is not None:
         setting, reason = refusal
         raise NotImplementedError(f"{family} cannot share prefixes exactly: {setting}: {reason}")
+    if verify:
+        from preftree.families.selftest import what_is_wrong  # which prepares models itself
+
+        if (wrong := what_is_wrong(base)) is not None:
+            raise NotImplementedError(f"{family} cannot share prefixes exactly: {wrong}")
     for argument in ("input_ids", "attention_mask"):
         if not takes(base, argument):
             raise NotImplementedError(
@@ -107,6 +112,7 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
         NotImplementedError: if the result is not the stock model's, and why.
     """
     reason: Any = None
+    prepared.first_position = first_position(prepared) if prepared.takes_positions else 0
     if (by_index := read_by_index(prepared.model)) is None:
         try:
             prepared.rounding = verify_on_tree(prepared) if verify else None
@@ -116,7 +122,12 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
     with in_evaluation(prepared.model):
         mixing = mixers.find_mixers(prepared.layers, lambda: prepared.stock_forward(**small_batch(prepared)))
         prepared.mixing_parts = len(mixing)
-        lost = mixers.find_lost(mixing, lambda: prepared.hidden_states(small_row(prepared)))
+        try:
+            lost = mixers.find_lost(mixing, lambda: prepared.hidden_states(small_row(prepared)))
+        except Exception as error:  # a family whose code cannot take a row fails in its own way
+            raise NotImplementedError(
+                str(reason or f"its forward pass fails on a row of trees ({type(error).__name__}: {error})")
+            ) from error
     # What reads indices where a small row does not show it could be in any part.
     whole = by_index is not None and not by_index[0].startswith("layer types")
     for parts in [mixing] if whole else [lost, mixing]:
@@ -165,7 +176,8 @@ def prepare_model(
         backend: "auto" chooses by device, layer and row; "flash" is FlashAttention-4 with the tree's mask (Hopper),
             "flex" FlexAttention (GPU), "varlen" goes path by path, "dense" is the specification.
         verify: run a tree of some thirty tokens through the model and compare with the stock model on each of its
-            sequences alone. Takes a few short forward passes.
+            sequences alone. Takes a few short forward passes. Of a family that `docs/families.md` does not list as exact, a
+            tiny random model is tried before, once for each release of transformers.
         compile: run the decoder layers of rows under `torch.compile`, one compilation for all lengths; not those with parts
             that run along paths. None: where that pays, on a GPU; layers that cannot be compiled then run as they are, with a
             warning.

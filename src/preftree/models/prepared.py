@@ -33,6 +33,7 @@ class PreparedModel:
         paths_together: see `interface.ActiveRow`; known from the first row, that of the verification.
         mixing_parts: all parts that mix tokens, these included; 0 if that has not been looked for.
         takes_positions: whether the backbone is told where tokens stand.
+        first_position: what the stock model counts from (RoBERTa: from behind its padding token's).
     """
 
     def __init__(self, model: PreTrainedModel, backend: str):
@@ -50,6 +51,7 @@ class PreparedModel:
         self.mixing_parts = 0
         self.paths_together = False
         self.takes_positions = takes(self.backbone, "position_ids")
+        self.first_position = 0
 
     @property
     def device(self) -> torch.device:
@@ -99,9 +101,10 @@ class PreparedModel:
 
         Raises:
             NotImplementedError: if a layer does not attend through the tree.
+            ValueError: for a padding token within a sequence, if the family counts no position for it.
         """
         device = row.device
-        positions = row.position_ids if position_ids is None else position_ids
+        positions = self._positions(row) if position_ids is None else position_ids
         # What routers say is asked of all tokens; and without any token, the last layer's weights would see no gradient.
         cut = (
             self.last_layer_at_tokens
@@ -135,6 +138,17 @@ class PreparedModel:
                 "attention interface; the others have attention code of their own, or mix tokens by other means"
             )
         return output
+
+    def _positions(self, row: PackedRow) -> torch.Tensor:
+        """Where the stock model places the tokens of each of the row's sequences."""
+        if not self.first_position:
+            return row.position_ids
+        uncounted = self.model.config.get_text_config().pad_token_id
+        if bool((row.input_ids[: row.num_tokens] == uncounted).any()):
+            raise ValueError(
+                f"a sequence holds the padding token {uncounted}, which {type(self.model).__name__} counts no position for"
+            )
+        return row.position_ids + self.first_position
 
     def router_logits(self, output: Any) -> tuple[torch.Tensor, ...]:
         """What the routers of a mixture of experts gave in ``run(row, output_router_logits=True)``: ``[S, experts]`` each.

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from preftree.models.interface import under_stock_name
+from preftree.models.interface import as_stock
 from preftree.models.last_layer import add_last_layer_hook
 from preftree.models.prepared import PreparedModel
 from preftree.packing import PackedRow, pack
@@ -64,6 +64,28 @@ def small_batch(prepared: PreparedModel) -> dict[str, Any]:
     """Arguments of the stock model for one sequence."""
     sequence = max(_trees(prepared.vocabulary_size)[1], key=len)
     return {"input_ids": torch.tensor([sequence], device=prepared.device), "use_cache": False}
+
+
+@torch.no_grad()
+def first_position(prepared: PreparedModel) -> int:
+    """Where the stock model places a sequence's first token, as the embeddings that it looks up show; 0 if nothing shows."""
+    ids = small_batch(prepared)["input_ids"]
+    looked_up: list[torch.Tensor] = []
+    embeddings = [part for part in prepared.backbone.modules() if isinstance(part, torch.nn.Embedding)]
+    hooks = [part.register_forward_pre_hook(lambda module, args: looked_up.extend(args[:1])) for part in embeddings]
+    try:
+        with in_evaluation(prepared.model):
+            _stock_hidden(prepared, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    places = torch.arange(ids.shape[1], device=ids.device)
+    for given in looked_up:
+        if given.shape[-1:] == places.shape and not given.is_floating_point():
+            first = given.flatten()[: len(places)] - places
+            if bool((first == first[0]).all()) and int(first[0]) > 0:
+                return int(first[0])
+    return 0
 
 
 @torch.no_grad()
@@ -189,7 +211,7 @@ def _stock_hidden(prepared: PreparedModel, ids: torch.Tensor) -> torch.Tensor:
     captured = []
     hook = prepared.backbone.register_forward_hook(lambda module, args, output: captured.append(output))
     try:
-        with under_stock_name(getattr(prepared.backbone, "config", None)):
+        with as_stock(getattr(prepared.backbone, "config", None)):
             prepared.stock_forward(input_ids=ids, use_cache=False)
     finally:
         hook.remove()

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from preftree.attention import check_backend
-from preftree.models.interface import active_row
+from preftree.models.interface import active_row, runs_as_stock
 from preftree.models.prepare import attach_tree_attention, base_model, restore_attention
 from preftree.models.prepared import ATTRIBUTE, PreparedModel
 from preftree.models.refusals import switched_on_since
@@ -114,7 +114,7 @@ def _sharing_backbone(stock: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self, *args, **kwargs):
         patch: _Patch = self.__dict__[_PATCH]
         sharing = patch.sharing
-        if sharing is None or sharing.paused or active_row() is not None:
+        if sharing is None or sharing.paused or active_row() is not None or runs_as_stock():
             return patch.plain(*args, **kwargs)
         try:
             return sharing.backbone(patch.plain, named_arguments(stock, self, args, kwargs))

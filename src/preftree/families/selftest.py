@@ -1,0 +1,108 @@
+"""The first use of a family that nobody has tried: a tiny twin of it is, with its windows and chunks made short.
+
+A model itself is tried when it is prepared, on some thirty tokens. What depends on a token's place in the row from some
+thousand tokens on does not show there; in a twin it mostly does. Families that the census has found exact, in this release of
+transformers or a later one, need no such trial.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from preftree.families import census
+from preftree.families.twins import NotTiny, is_twin, twin_of
+from preftree.models.prepare import prepare_model
+from preftree.version import __version__
+
+# What no rounding explains.
+_WRONG = 1e-3
+
+
+@cache
+def _known() -> frozenset[str]:
+    """Families that need no trial."""
+    found = json.loads(files(__package__).joinpath("exact.json").read_text(encoding="utf-8"))
+    tried = Version(found["transformers"]).release[:2] >= Version(transformers.__version__).release[:2]
+    return frozenset(found["exact"]) if tried else frozenset()
+
+
+def what_is_wrong(model: PreTrainedModel) -> str | None:
+    """What a tiny twin of a model computes otherwise than the stock code; None if nothing does, or no twin can be made.
+
+    Kept on the disk, by releases of all that takes part and by the twin's configuration.
+    """
+    ours = type(model).__module__.startswith("transformers.")
+    if is_twin(model) or (ours and model.config.model_type in _known()) or model.get_output_embeddings() is None:
+        return None
+    if is_deepspeed_zero3_enabled():  # it would share out the twin's weights
+        return None
+    try:
+        stock = twin_of(model)
+    except NotTiny:
+        return None
+    path = _kept_at(stock)
+    if path is not None and path.is_file():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["wrong"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # torn or of another kind: it is tried again
+    wrong = _try(stock)
+    if path is not None:
+        _keep(path, {"family": model.config.model_type, "wrong": wrong})
+    return wrong
+
+
+def _try(stock: PreTrainedModel) -> str | None:
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            logps, gradients = census.differences(stock, prepare_model(copy.deepcopy(stock)))
+    except NotImplementedError as error:
+        reason = str(error)
+        reason = reason.partition("cannot share prefixes exactly: ")[2] or reason
+        return f"a tiny random model with its settings, windows and chunks shorter than the text, is refused: {reason}"
+    except Exception:  # it cannot be tried, which says nothing of the model itself
+        return None
+    if logps <= _WRONG and gradients <= _WRONG:
+        return None
+    return (
+        f"a tiny random model with its settings, windows and chunks shorter than the text, gives other results than the stock "
+        f"code: relative to these, log-probabilities differ by {logps:.1g}, gradients by {gradients:.1g}"
+    )
+
+
+def _kept_at(stock: PreTrainedModel) -> Path | None:
+    """The file for a twin's trial; None without a folder to write to."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    folder = Path(base).expanduser() / "preftree" / "families"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    kind = f"{type(stock).__module__}.{type(stock).__qualname__}"
+    versions = (__version__, torch.__version__, transformers.__version__)
+    key = hashlib.sha256(repr((kind, versions, stock.config.to_json_string())).encode()).hexdigest()
+    return folder / f"{stock.config.model_type}-{key[:32]}.json"
+
+
+def _keep(path: Path, found: dict[str, str | None]) -> None:
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(found, file)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # it is tried again next time
