@@ -8,8 +8,8 @@ from transformers import CONFIG_MAPPING
 from preftree import families
 from preftree.attention import mask
 from preftree.cli import main
-from preftree.families import census, twins
-from preftree.models import mixers
+from preftree.families import census
+from preftree.models import mixers, twins
 from preftree.models.mixers import PathBatches
 
 KNOWN = families.causal_families()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from families import ALONG_PATHS, VOCABULARY, build, exact_model
-from oracle import compare_with_stock, random_row, random_sequences, walks_up
+from oracle import compare_with_stock, random_row, random_sequences, stock_logps, walks_up
 from preference_data import dataset, text_pairs
 from trl_runs import differences, train
 
@@ -37,7 +37,7 @@ def test_family_is_exact(name, seed):
     [
         *[
             (name, kind)
-            for name in ("qwen3_5", "mamba", "gptj", "falcon-alibi", "deepseek_v32")
+            for name in ("qwen3_5", "mamba", "gptj", "falcon-alibi", "glm_moe_dsa")
             for kind in (False, True)
         ],
         ("zamba2", False),
@@ -132,6 +132,34 @@ def test_paths_of_a_row(seed, together):
             assert together or len(walk) >= 0.75 * len(path)
     assert sorted(path[-1] for path in found) == leaves
     assert len(paths.nodes) == 1 or not together
+
+
+def test_parts_that_start_from_zeros_run_along_paths_too():
+    """They mix nothing yet, and will when they have been trained."""
+    model, weights = exact_model("lfm2"), {}
+    for name, parameter in model.named_parameters():
+        if name.endswith("conv.out_proj.weight"):
+            weights[name] = parameter.detach().clone()
+            parameter.data.zero_()
+    assert len(weights) == 2
+    preftree.prepare_model(model)
+    assert len(model._preftree.along_paths) == 2
+    model.load_state_dict(weights, strict=False)
+    tree = preftree.TokenTree.from_sequences([[5, 6, 7, 8, 9], [5, 6, 7, 10, 11, 12]], [3, 3])
+    logps = preftree.sequence_logps(model, preftree.pack([tree])[0]).logps
+    expected = [stock_logps(exact_model("lfm2"), sequence, 3) for sequence in ([5, 6, 7, 8, 9], [5, 6, 7, 10, 11, 12])]
+    torch.testing.assert_close(logps, torch.stack(expected))
+
+
+def test_parts_that_others_have_replaced():
+    """Whose forward pass would be lost: refused, and left as it is."""
+    model = exact_model("lfm2")
+    part = model.model.layers[0].conv
+    part.forward = replaced = part.forward
+    with pytest.raises(NotImplementedError, match="Lfm2ShortConv, which would run along paths, has been replaced"):
+        preftree.prepare_model(model)
+    assert vars(part)["forward"] == replaced
+    assert "forward" not in vars(model.model.layers[2].conv)
 
 
 def test_arguments_along_paths():

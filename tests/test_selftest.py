@@ -9,7 +9,8 @@ from families import exact_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import preftree
-from preftree.families import selftest, twins
+from preftree.families import selftest
+from preftree.models import twins
 
 
 class InventedConfig(LlamaConfig):

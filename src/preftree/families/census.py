@@ -14,10 +14,10 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from preftree.families.twins import VOCABULARY, NotTiny, twin
 from preftree.logprobs import sequence_logps
 from preftree.models.prepare import prepare_model
 from preftree.models.prepared import prepared_part
+from preftree.models.twins import VOCABULARY, NotTiny, twin
 from preftree.packing import pack
 from preftree.report import versions
 from preftree.tree import TokenTree

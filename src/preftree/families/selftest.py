@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from preftree.families import census
-from preftree.families.twins import NotTiny, is_twin, twin_of
 from preftree.models.prepare import prepare_model
+from preftree.models.twins import NotTiny, is_twin, twin_of
 from preftree.version import __version__
 
 # What no rounding explains.

@@ -12,8 +12,8 @@ What is given for each token goes with the tokens (hidden states, positions, rot
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
@@ -23,6 +23,7 @@ import torch
 from preftree.attention.paths import query_blocks
 from preftree.models import interface
 from preftree.models.interface import ActiveRow, RowMask
+from preftree.models.replaced import forward_replaced
 from preftree.packing import PackedRow
 
 # Paths run together may be this much shorter than the longest of them.
@@ -163,7 +164,17 @@ def _row_aware(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_along_paths(modules: list[torch.nn.Module]) -> None:
-    """Let modules of a model run rows along their paths; everything else as before."""
+    """Let modules of a model run rows along their paths; everything else as before.
+
+    Raises:
+        NotImplementedError: for a module whose forward pass somebody else has replaced.
+    """
+    for module in modules:
+        if "forward" in vars(module):
+            raise NotImplementedError(
+                f"the forward pass of {type(module).__name__}, which would run along paths, has been replaced on this model "
+                "(by offloading or dispatching it?): prepare the model before"
+            )
     for module in modules:
         module.forward = MethodType(_row_aware(type(module).forward), module)
 
@@ -198,22 +209,34 @@ def find_lost(mixing: list[torch.nn.Module], run: Callable[[], Any]) -> list[tor
             lost.append(self)
         return along_paths(self, active, args, kwargs)
 
-    for module in mixing:
-        module.forward = MethodType(probe, module)
-    try:
+    with ExitStack() as stack:
+        for module in mixing:
+            stack.enter_context(forward_replaced(module, MethodType(probe, module)))
         run()
-    finally:
-        restore(mixing)
     return lost
 
 
+def kinds_of(layers: torch.nn.ModuleList | None, parts: Sequence[torch.nn.Module]) -> set[tuple[type, str, type]]:
+    """Where among layers these parts stand: their layer's class, their name in it, and their own class."""
+    kept = set(parts)
+    return {
+        (type(layer), name, type(part))
+        for layer in layers or ()
+        for name, part in layer.named_children()
+        if part in kept
+    }
+
+
 @torch.no_grad()
-def find_mixers(layers: torch.nn.ModuleList | None, run: Callable[[], Any]) -> list[torch.nn.Module]:
+def find_mixers(
+    layers: torch.nn.ModuleList | None, run: Callable[[], Any], known: Collection[tuple[type, str, type]] = ()
+) -> list[torch.nn.Module]:
     """Parts of layers whose output at a token changes with tokens before it.
 
     Args:
         layers: a model's.
         run: a run of the stock model on one sequence ``[1, T]``.
+        known: `kinds_of` parts that do whatever their weights, which may be zeros.
     """
     calls: dict[torch.nn.Module, tuple[tuple, dict[str, Any]]] = {}
 
@@ -227,7 +250,13 @@ def find_mixers(layers: torch.nn.ModuleList | None, run: Callable[[], Any]) -> l
     finally:
         for hook in hooks:
             hook.remove()
-    return [child for child, given in calls.items() if _mixes(child, *given)]
+    expected = {
+        part
+        for layer in layers or ()
+        for name, part in layer.named_children()
+        if (type(layer), name, type(part)) in known
+    }
+    return [child for child, given in calls.items() if child in expected or _mixes(child, *given)]
 
 
 def _mixes(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:

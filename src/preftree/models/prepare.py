@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import MethodType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from preftree.attention import check_backend
 from preftree.models import interface, mixers
 from preftree.models.compiled import check_memory_budget, compile_layers, worth_compiling
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal, read_by_index
+from preftree.models.twins import is_twin, twin_of
 from preftree.models.verify import cut_last_layer, first_position, in_evaluation, small_batch, small_row, verify_on_tree
 from preftree.packing import PackedRow
 
@@ -120,7 +122,7 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
         except NotImplementedError as error:
             reason = error
     with in_evaluation(prepared.model):
-        mixing = mixers.find_mixers(prepared.layers, lambda: prepared.stock_forward(**small_batch(prepared)))
+        mixing = _find_mixers(prepared, _kinds_that_mix(prepared.model))
         prepared.mixing_parts = len(mixing)
         try:
             lost = mixers.find_lost(mixing, lambda: prepared.hidden_states(small_row(prepared)))
@@ -151,6 +153,21 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
             prepared.along_paths = []
             reason = reason or error
     raise NotImplementedError(str(reason) if by_index is None else f"{': '.join(by_index)} (along its paths: {reason})")
+
+
+def _find_mixers(prepared: PreparedModel, known: Collection[tuple[type, str, type]] = ()) -> list[torch.nn.Module]:
+    return mixers.find_mixers(prepared.layers, lambda: prepared.stock_forward(**small_batch(prepared)), known)
+
+
+def _kinds_that_mix(model: PreTrainedModel) -> set[tuple[type, str, type]]:
+    """As a tiny model with random weights shows: those of a model that begins to be trained may be zeros, which hides it."""
+    if is_twin(model) or is_deepspeed_zero3_enabled():
+        return set()
+    try:
+        tiny = PreparedModel(twin_of(model), "dense")
+        return mixers.kinds_of(tiny.layers, _find_mixers(tiny))
+    except Exception:  # no such model, or not one that runs as it is
+        return set()
 
 
 def prepare_model(
