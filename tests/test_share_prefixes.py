@@ -7,7 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
-from families import VOCABULARY, build, exact_model, refused_model
+from families import ALONG_PATHS, VOCABULARY, build, exact_model, refused_model
 from oracle import random_sequences
 from preference_data import dataset, text_pairs
 from trl_runs import differences, train
@@ -474,6 +474,49 @@ def test_a_prepared_model_stays_prepared():
     assert not later._preftree.along_paths
     torch.testing.assert_close(preftree.sequence_logps(later, row).logps, expected)
     assert torch.equal(later(ids).logits, exact_model("llama")(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.* run along each path")
+@pytest.mark.parametrize("name", ["nemotron_h", "gptj", "bloom"])
+def test_parts_along_paths(name):
+    """Shared, prepared while it shares, and shared while it is prepared; given back as it was."""
+    model, stock = exact_model(name).train(), exact_model(name)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    before, attention = attributes(model), model.config._attn_implementation
+    sequences, prompt_lengths = preference_sequences()
+    ids, mask = padded(sequences, "right")
+    expected = stock(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    expected.square().sum().backward()
+    theirs = {key: p.grad for key, p in stock.named_parameters() if p.grad is not None}
+    row = preftree.pack([preftree.TokenTree.from_sequences(sequences, prompt_lengths)])[0]
+
+    def check():
+        model.zero_grad()
+        with no_warnings():
+            logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        logits.square().sum().backward()
+        largest = max(gradient.abs().max() for gradient in theirs.values())
+        for key, gradient in theirs.items():
+            torch.testing.assert_close(
+                model.get_parameter(key).grad, gradient, rtol=1e-4, atol=1e-5 * float(largest), msg=key
+            )
+
+    with preftree.share_prefixes(model):
+        check()
+    assert (attributes(model), model.config._attn_implementation) == (before, attention)
+    with preftree.share_prefixes(model):
+        preftree.prepare_model(model)
+        found = preftree.sequence_logps(model, row).logps
+        check()
+    parts = len(model._preftree.along_paths)
+    assert parts == ALONG_PATHS[name][2][0]
+    with preftree.share_prefixes(model), counted_tokens(model) as counts:
+        check()
+        torch.testing.assert_close(preftree.sequence_logps(model, row).logps, found)
+    assert counts[0] == len(row) < mask.sum()
+    assert sum("forward" in vars(part) for part in model.modules()) == parts + 1
+    check()
 
 
 def test_sharing_ends_with_the_last_handle():

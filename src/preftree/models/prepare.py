@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -20,6 +21,9 @@ from preftree.models.refusals import find_refusal, read_by_index
 from preftree.models.twins import is_twin, twin_of
 from preftree.models.verify import cut_last_layer, first_position, in_evaluation, small_batch, small_row, verify_on_tree
 from preftree.packing import PackedRow
+
+# Of a model that tree attention is under: an `_Attached`.
+_ATTACHED = "_preftree_attached"
 
 
 def _tree_aware(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,21 +68,43 @@ def _serves_eagerly(model: PreTrainedModel, implementation: str | None) -> bool:
     return implementation in ("eager", interface.OVER_EAGER) or not model._supports_sdpa or bool(capped)
 
 
-def restore_attention(base: PreTrainedModel, implementation: str | None) -> None:
-    """Give ``base`` back the attention it had before `attach_tree_attention`, unless it has got another one since."""
+def _restore_attention(base: PreTrainedModel, implementation: str | None) -> None:
+    """Give ``base`` back the attention it had, unless it has got another one since."""
     if base.config._attn_implementation not in (interface.OVER_SDPA, interface.OVER_EAGER):
         return
     if implementation in (None, "eager", "sdpa") or "flash" in implementation or "flex" in implementation:
         base.set_attn_implementation(implementation or "eager")
 
 
+@dataclass(frozen=True)
+class _Attached:
+    """What `attach_tree_attention` has made of a model; its attention before and since, by name."""
+
+    prepared: PreparedModel
+    before: str | None
+    since: str | None
+
+
+def detach_tree_attention(base: PreTrainedModel) -> None:
+    """Undo `attach_tree_attention`, for all who use it."""
+    if (attached := vars(base).pop(_ATTACHED, None)) is not None:
+        mixers.restore(attached.prepared.along_paths)
+        _restore_attention(base, attached.before)
+
+
 def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = True) -> PreparedModel:
     """Put tree attention under ``base``, whose ordinary batches run as before; a model that is refused stays as it was.
+
+    Done once: whoever comes later, to prepare a model that shares or the other way round, gets what was found then.
 
     Raises:
         NotImplementedError: if the family or a setting cannot be computed exactly, naming family, setting and reason.
         ValueError: for weights that give no finite hidden states.
     """
+    attached: _Attached | None = vars(base).get(_ATTACHED)
+    if attached is not None and base.config._attn_implementation == attached.since:
+        return attached.prepared.again(backend)
+    detach_tree_attention(base)
     family = f"{type(base).__name__} (model_type {base.config.model_type!r})"
     if (refusal := find_refusal(base)) is not None:
         setting, reason = refusal
@@ -100,10 +126,11 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
         base.set_attn_implementation(name)
         _follow_the_tree(prepared, verify)
     except Exception as error:
-        restore_attention(base, implementation)
+        _restore_attention(base, implementation)
         if isinstance(error, NotImplementedError):
             raise NotImplementedError(f"{family} cannot share prefixes exactly: {error}") from error
         raise
+    vars(base)[_ATTACHED] = _Attached(prepared, implementation, base.config._attn_implementation)
     return prepared
 
 

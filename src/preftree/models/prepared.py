@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,8 +42,7 @@ class PreparedModel:
         self.backend = backend
         self.contiguous = False
         self.stock_forward: Callable[..., Any] = MethodType(type(model).forward, model)
-        # What others (TRL, accelerate) may have put in its place on this instance.
-        self.plain_forward: Callable[..., Any] = model.__dict__.get("forward", self.stock_forward)
+        self.plain_forward = self._forward_now()
         self.backbone = _find_backbone(model)
         self.attention_layers = _num_layers(model)
         self.rounding: float | None = None
@@ -52,6 +52,16 @@ class PreparedModel:
         self.paths_together = False
         self.takes_positions = takes(self.backbone, "position_ids")
         self.first_position = 0
+
+    def _forward_now(self) -> Callable[..., Any]:
+        """What others (TRL, accelerate) may have put in the stock forward pass's place on this instance."""
+        return self.model.__dict__.get("forward", self.stock_forward)
+
+    def again(self, backend: str) -> PreparedModel:
+        """The same for somebody else who uses the model."""
+        other = copy.copy(self)
+        other.backend, other.plain_forward = backend, self._forward_now()
+        return other
 
     @property
     def device(self) -> torch.device:

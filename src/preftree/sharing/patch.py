@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from preftree.attention import check_backend
 from preftree.models.interface import active_row, runs_as_stock
-from preftree.models.prepare import attach_tree_attention, base_model, restore_attention
+from preftree.models.prepare import attach_tree_attention, base_model, detach_tree_attention
 from preftree.models.prepared import ATTRIBUTE, PreparedModel
 from preftree.models.refusals import switched_on_since
 from preftree.sharing.arguments import CannotShareError, check_arguments, named_arguments, scores_padding
@@ -31,13 +31,10 @@ _PATCH = "_preftree_sharing"
 class _Sharing:
     """What the two patched forwards of a model (its own and its backbone's) have in common."""
 
-    def __init__(
-        self, base: PreTrainedModel, prepared: PreparedModel, positions: StockPositions, attention: str | None
-    ):
+    def __init__(self, base: PreTrainedModel, prepared: PreparedModel, positions: StockPositions):
         self.base = base
         self.prepared = prepared
         self.positions = positions
-        self.attention = attention
         self.holders = 0
         self.paused = False
         self.warned: set[str] = set()
@@ -181,7 +178,7 @@ class PrefixSharing:
         for module in (sharing.prepared.backbone, sharing.base):
             _uninstall(module)
         if ATTRIBUTE not in sharing.base.__dict__:
-            restore_attention(sharing.base, sharing.attention)
+            detach_tree_attention(sharing.base)
 
     def __enter__(self) -> PrefixSharing:
         return self
@@ -229,15 +226,14 @@ def share_prefixes(model: torch.nn.Module, backend: str = "auto") -> PrefixShari
                 f"for {backend!r}"
             )
         return PrefixSharing(sharing)
-    attention = base.config._attn_implementation
-    prepared = PreparedModel(base, backend) if ATTRIBUTE in base.__dict__ else attach_tree_attention(base, backend)
+    prepared = attach_tree_attention(base, backend)
     try:
         positions = find_stock_positions(prepared)
     except Exception:
         if ATTRIBUTE not in base.__dict__:
-            restore_attention(base, attention)
+            detach_tree_attention(base)
         raise
-    sharing = _Sharing(base, prepared, positions, attention)
+    sharing = _Sharing(base, prepared, positions)
     _install(prepared.backbone, _sharing_backbone, sharing)
     _install(base, _watching_labels, sharing)
     return PrefixSharing(sharing)
