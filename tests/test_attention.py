@@ -271,7 +271,9 @@ def test_what_flash_reads_of_the_row(name):
 def test_trials_find_right_what_autograd_gives(backend, heads, sizes):
     row = trial.trial_row(torch.device("cpu"))
     assert len(row) > row.num_tokens > 3 * 96
-    found = trial.errors(TreeAttention(row, CAUSAL, backend), row, torch.float32, heads, sizes)
+    found = trial.errors(
+        TreeAttention(row, CAUSAL, backend), row, Layer("cpu", None, torch.float32, *heads, *sizes, CAUSAL)
+    )
     assert len(found) == 4
     assert max(found) < 1e-5
 

@@ -207,7 +207,6 @@ def test_row_of_padding_reaches_all_weights():
 
 def test_refused_models_are_left_as_they_were(monkeypatch):
     """What has run along paths in vain."""
-    monkeypatch.setattr(mixers, "_SHORTEST", 0.75)
     monkeypatch.setattr(PathBatches, "of", classmethod(lambda cls, row, together=False: _shifted(cls._of(row, 0.75))))
     model = exact_model("qwen3_next")
     with pytest.raises(NotImplementedError, match=r"Qwen3NextForCausalLM .* layer types linear_attention"):

@@ -306,7 +306,8 @@ def _plan(command: str, argv: Sequence[str]) -> int:
     dataset = DPOTrainer.tokenize(train, tokenizer, args, config.get_text_config().vocab_size)
     layout = DPOTrainer.layout(args)
     trees = [layout.group(example).tree() for example in dataset]
-    result = plan.make_plan(trees, args.per_device_train_batch_size, row_length, plan.ModelCost.from_config(config))
+    cost = plan.ModelCost.from_config(config)
+    result = plan.make_plan(trees, args.per_device_train_batch_size, row_length, cost)
     size = args.per_device_train_batch_size
     batches = (trees[first : first + size] for first in range(0, min(len(trees), 32 * size), size))
     rows = [row for batch in batches for row in pack(batch, result.row_length)][:32]
@@ -314,8 +315,8 @@ def _plan(command: str, argv: Sequence[str]) -> int:
     lines = [*plan.describe(result), *((kind.replace("_", " "), choice) for kind, choice in choices.items())]
     for name, value in lines:
         print(f"{name:<28} {value}")
-    if (reason := plan.unshared_parts(config)) is not None:
-        print(f"parts of the layers run along each path, so that less is saved than this says ({reason})")
+    if cost.along_paths is not None:
+        print(f"parts of the layers run along each path, so that less is saved than this says ({cost.along_paths})")
     lengths = {"prompt": result.prompts, "response": result.responses, "pair, shared": result.trees}
     print(lengths_as_text({f"tokens of a {name}": values for name, values in lengths.items()}))
     if script.draw:

@@ -10,24 +10,28 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from preftree.attention import BACKENDS, Layer, choose_backend, cost
 from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
-from preftree.models.refusals import read_by_index
+from preftree.models.refusals import other_layer_types, read_by_index
 from preftree.packing import MANY_LENGTHS, PackedRow, pack, static_length
 from preftree.tree import TokenTree
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Forward operations of a decoder: per computed token, per scored token (the head), per visible query-key pair."""
+    """Forward operations of a decoder: per computed token, per scored token (the head), per visible query-key pair.
+
+    ``along_paths`` says why parts of its layers run along paths, if it is known that they do: less is saved then.
+    """
 
     per_token: float
     per_scored: float
     per_pair: float
+    along_paths: str | None = None
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> ModelCost:
         """Counted on the model's shape, without weights. A mixture of experts counts its active experts only.
 
-        All of it counts as shared, also what runs along paths (see `unshared_parts`).
+        All of it counts as shared, also what runs along paths.
         """
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -44,7 +48,8 @@ class ModelCost:
         )
         heads = getattr(text, "num_attention_heads", None) or 0  # none in a recurrent model
         head_size = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
-        return cls(2 * body, 2 * head, 4 * heads * head_size * text.num_hidden_layers)
+        along_paths = other_layer_types(config) or read_by_index(model)
+        return cls(2 * body, 2 * head, 4 * heads * head_size * text.num_hidden_layers, along_paths)
 
 
 @dataclass(frozen=True)
@@ -170,13 +175,6 @@ def attention_layers(config: PreTrainedConfig, device: torch.device) -> dict[str
         for kind in dict.fromkeys(kinds)
         if kind in rules
     }
-
-
-def unshared_parts(config: PreTrainedConfig) -> str | None:
-    """Why parts of a model's layers run along paths, so that sharing saves less than is counted; None if none is known to."""
-    with torch.device("meta"):
-        found = read_by_index(AutoModelForCausalLM.from_config(config))
-    return None if found is None else ": ".join(found)
 
 
 def attention_choices(config: PreTrainedConfig, rows: Sequence[PackedRow], device: torch.device) -> dict[str, str]:

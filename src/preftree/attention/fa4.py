@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from preftree.attention.layer import Layer
+from preftree.cache import cache_folder
 
 # What the kernels are called with; older releases lack some of it.
 _NEEDED = ("mask_mod", "aux_scalars", "block_sparse_tensors", "learnable_sink", "cu_seqlens_q")
@@ -57,12 +58,11 @@ def kernels_kept() -> Iterator[None]:
 
 def _cache_folder() -> Path | None:
     """A folder of the user's own in which files can be locked, which the library does."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    folder = Path(base).expanduser() / "preftree" / "flash-attention"
+    if (folder := cache_folder("flash-attention")) is None:
+        return None
     try:
         import fcntl  # not on every system
 
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError):

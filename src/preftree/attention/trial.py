@@ -33,36 +33,32 @@ def kind_of(layer: Layer) -> Layer:
 def passed(bind: Callable[[PackedRow, Rule], Any], kind: Layer, device: torch.device, warning: str) -> bool:
     """Whether what ``bind`` gives for the row of the trial computes right to half precision; otherwise it is warned of."""
     row = trial_row(device)
-    heads, sizes = (kind.heads, kind.groups), (kind.size, kind.value_size)
-    return works(lambda: errors(bind(row, kind.rule), row, kind.dtype, heads, sizes, kind.rule), warning)
+    return works(lambda: errors(bind(row, kind.rule), row, kind), warning)
 
 
-def errors(
-    attention: Any,
-    row: PackedRow,
-    dtype: torch.dtype,
-    heads: tuple[int, int],
-    sizes: tuple[int, int],
-    rule: Rule = CAUSAL,
-) -> list[float]:
+def errors(attention: Any, row: PackedRow, kind: Layer) -> list[float]:
     """Relative norms of the errors of output and gradients of queries, keys and values, at all but the row's padding.
 
     Args:
-        attention: with the two passes of `attention.passes`, bound to ``row`` and ``rule``.
-        heads: query and key-value heads.
-        sizes: of queries and keys, and of values.
+        attention: with the two passes of `attention.passes`, bound to ``row`` and ``kind``'s rule.
+        kind: the layers' shapes, type and rule.
     """
     generator = torch.Generator(row.device).manual_seed(0)
-    shapes = ((heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1]), (heads[0], sizes[1]))
+    shapes = (
+        (kind.heads, kind.size),
+        (kind.groups, kind.size),
+        (kind.groups, kind.value_size),
+        (kind.heads, kind.value_size),
+    )
     q, k, v, grad = (
-        torch.randn(1, len(row), *shape, device=row.device, generator=generator).to(dtype).transpose(1, 2)
+        torch.randn(1, len(row), *shape, device=row.device, generator=generator).to(kind.dtype).transpose(1, 2)
         for shape in shapes
     )
-    scores = Scores(sizes[0] ** -0.5)
+    scores = Scores(kind.size**-0.5)
     with torch.autocast(row.device.type, enabled=False):
         out, lse = attention.forward(q, k, v, scores)
         found = (out, *attention.backward(grad, q, k, v, out, lse, scores)[:3])
-        expected = _written_out(q, k, v, grad, visible_nodes(row, rule), scores.scale)
+        expected = _written_out(q, k, v, grad, visible_nodes(row, kind.rule), scores.scale)
     return relative_errors(*([x[:, :, : row.num_tokens] for x in results] for results in (found, expected)))
 
 

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from preftree.logprobs import sequence_logps
-from preftree.models.prepare import prepare_model
+from preftree.models.prepare import prepare_model, reason_of
 from preftree.models.prepared import prepared_part
 from preftree.models.twins import VOCABULARY, NotTiny, twin
 from preftree.packing import pack
@@ -97,10 +97,7 @@ def examine(family: str, model: str) -> Finding:
             rounding = _difference(_alone(stock).gradients, _padded(stock).gradients)
             exact = gradients <= min(_ROUNDING * rounding, _MOST_ROUNDING)
     except NotImplementedError as error:
-        reason = str(error)
-        return Finding(
-            family, model, "refused", reason=reason.partition("cannot share prefixes exactly: ")[2] or reason
-        )
+        return Finding(family, model, "refused", reason=reason_of(error))
     except Exception as error:
         return Finding(family, model, "fails", reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
     part = prepared_part(prepared)

@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 import transformers
 from packaging.version import Version
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from preftree.cache import cache_folder
 from preftree.families import census
-from preftree.models.prepare import prepare_model
-from preftree.models.twins import NotTiny, is_twin, twin_of
+from preftree.models.prepare import prepare_model, reason_of
+from preftree.models.twins import NotTiny, is_twin, random_model, tiny_config
 from preftree.version import __version__
 
 # What no rounding explains.
@@ -51,15 +52,19 @@ def what_is_wrong(model: PreTrainedModel) -> str | None:
     if is_deepspeed_zero3_enabled():  # it would share out the twin's weights
         return None
     try:
-        stock = twin_of(model)
+        config = tiny_config(model.config)
     except NotTiny:
         return None
-    path = _kept_at(stock)
+    path = _kept_at(type(model), config)
     if path is not None and path.is_file():
         try:
             return json.loads(path.read_text(encoding="utf-8"))["wrong"]
         except (OSError, ValueError, KeyError, TypeError):
             pass  # torn or of another kind: it is tried again
+    try:
+        stock = random_model(type(model), config)
+    except NotTiny:
+        return None
     wrong = _try(stock)
     if path is not None:
         _keep(path, {"family": model.config.model_type, "wrong": wrong})
@@ -67,36 +72,31 @@ def what_is_wrong(model: PreTrainedModel) -> str | None:
 
 
 def _try(stock: PreTrainedModel) -> str | None:
+    settings = "a tiny random model with its settings, windows and chunks shorter than the text,"
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             logps, gradients = census.differences(stock, prepare_model(copy.deepcopy(stock)))
     except NotImplementedError as error:
-        reason = str(error)
-        reason = reason.partition("cannot share prefixes exactly: ")[2] or reason
-        return f"a tiny random model with its settings, windows and chunks shorter than the text, is refused: {reason}"
+        return f"{settings} is refused: {reason_of(error)}"
     except Exception:  # it cannot be tried, which says nothing of the model itself
         return None
     if logps <= _WRONG and gradients <= _WRONG:
         return None
     return (
-        f"a tiny random model with its settings, windows and chunks shorter than the text, gives other results than the stock "
-        f"code: relative to these, log-probabilities differ by {logps:.1g}, gradients by {gradients:.1g}"
+        f"{settings} gives other results than the stock code: relative to these, log-probabilities differ by {logps:.1g}, "
+        f"gradients by {gradients:.1g}"
     )
 
 
-def _kept_at(stock: PreTrainedModel) -> Path | None:
+def _kept_at(model_class: type, config: PreTrainedConfig) -> Path | None:
     """The file for a twin's trial; None without a folder to write to."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    folder = Path(base).expanduser() / "preftree" / "families"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
+    if (folder := cache_folder("families")) is None:
         return None
-    kind = f"{type(stock).__module__}.{type(stock).__qualname__}"
+    kind = f"{model_class.__module__}.{model_class.__qualname__}"
     versions = (__version__, torch.__version__, transformers.__version__)
-    key = hashlib.sha256(repr((kind, versions, stock.config.to_json_string())).encode()).hexdigest()
-    return folder / f"{stock.config.model_type}-{key[:32]}.json"
+    key = hashlib.sha256(repr((kind, versions, config.to_json_string())).encode()).hexdigest()
+    return folder / f"{config.model_type}-{key[:32]}.json"
 
 
 def _keep(path: Path, found: dict[str, str | None]) -> None:

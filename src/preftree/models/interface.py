@@ -39,6 +39,7 @@ from preftree.packing import PackedRow
 # make transformers treat them specially.
 OVER_SDPA = "preftree"
 OVER_EAGER = "preftree_eager"
+_STOCK_NAMES = {OVER_SDPA: "sdpa", OVER_EAGER: "eager"}
 
 # Arguments that change what a layer attends to beyond its mask; families that pass them are refused.
 _UNSUPPORTED_ARGUMENTS = ("indices", "topk_indices", "block_indices", "head_mask")
@@ -79,11 +80,10 @@ def activate(
 ) -> Iterator[ActiveRow]:
     """Masks that are made inside belong to ``row``."""
     active = ActiveRow(row, backend, contiguous, wanted)
-    token = _active_row.set(active)
     try:
-        yield active
+        with resumed(active):
+            yield active
     finally:
-        _active_row.reset(token)
         active.masks = []  # each holds the row
 
 
@@ -116,17 +116,17 @@ def as_stock(config: PreTrainedConfig | None) -> Iterator[None]:
 
     Some families' code does more by itself where that name is one of those they know.
     """
-    name = None if config is None else config._attn_implementation
-    stock = {OVER_SDPA: "sdpa", OVER_EAGER: "eager"}.get(name or "")
+    name: Any = getattr(config, "_attn_implementation", None)
+    ours: Any = config if name in _STOCK_NAMES else None  # of others it is theirs, and their parts' own
     token = _stock.set(True)
-    if config is not None and stock is not None:
-        config._attn_implementation = stock
+    if ours is not None:
+        ours._attn_implementation = _STOCK_NAMES[name]
     try:
         yield
     finally:
         _stock.reset(token)
-        if config is not None and stock is not None:
-            config._attn_implementation = name
+        if ours is not None:
+            ours._attn_implementation = name
 
 
 def no_row() -> AbstractContextManager[None]:
@@ -150,6 +150,7 @@ class RowMask:
         wants_keys: attention is not to be computed, its keys and values are thrown as `KeysReached`.
         stock: what makes the stock model's mask in this one's place, given a batch's sizes.
         handle: for compiled layers, the mask's number (see `operator`); None where attention has to stay outside.
+        by_length: what ``stock`` made, for the other layers.
         at_wanted: the same at `ActiveRow.wanted` alone, from when a layer first asked for it.
     """
 
@@ -161,6 +162,7 @@ class RowMask:
     stock: Callable[..., torch.Tensor | None] | None = None
     handle: torch.Tensor | None = field(init=False, default=None)
     at_wanted: RowMask | None = field(init=False, default=None)
+    by_length: dict[int, torch.Tensor | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
         self.active.masks.append(self)
@@ -169,9 +171,12 @@ class RowMask:
 
     def for_sequences(self, count: int, length: int) -> torch.Tensor | None:
         """The mask that the stock model makes for sequences ``[count, length]`` (None where it makes none)."""
-        # One for all: a family's rule may know of each sequence of the batch that it was made for, here one row.
-        sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0}
-        mask = self.stock(**(sizes | {"attention_mask": None})) if self.stock is not None else None
+        if length not in self.by_length:
+            # One for all: a family's rule may know of each sequence of the batch that it was made for, here one row.
+            sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0}
+            made = None if self.stock is None else self.stock(**(sizes | {"attention_mask": None}))
+            self.by_length[length] = made
+        mask = self.by_length[length]
         return mask if mask is None else mask.expand(count, *mask.shape[1:])
 
     def but(self, **changes: Any) -> RowMask:

@@ -23,7 +23,7 @@ import torch
 from preftree.attention.paths import query_blocks
 from preftree.models import interface
 from preftree.models.interface import ActiveRow, RowMask
-from preftree.models.replaced import forward_replaced
+from preftree.models.replaced import forward_replaced, hooked
 from preftree.packing import PackedRow
 
 # Paths run together may be this much shorter than the longest of them.
@@ -153,12 +153,10 @@ def _row_aware(stock: Callable[..., Any]) -> Callable[..., Any]:
     # As `prepare._tree_aware`: no module in a closure.
     @functools.wraps(stock)
     def forward(self, *args, **kwargs):
-        active = interface.active_row()
-        run = functools.partial(type(self).forward, self)
-        if active is not None:
+        if (active := interface.active_row()) is not None:
             return along_paths(self, active, args, kwargs)
         with interface.as_stock(_config(self)):
-            return run(*args, **kwargs)
+            return type(self).forward(self, *args, **kwargs)
 
     return forward
 
@@ -216,47 +214,41 @@ def find_lost(mixing: list[torch.nn.Module], run: Callable[[], Any]) -> list[tor
     return lost
 
 
-def kinds_of(layers: torch.nn.ModuleList | None, parts: Sequence[torch.nn.Module]) -> set[tuple[type, str, type]]:
-    """Where among layers these parts stand: their layer's class, their name in it, and their own class."""
-    kept = set(parts)
-    return {
-        (type(layer), name, type(part))
-        for layer in layers or ()
-        for name, part in layer.named_children()
-        if part in kept
-    }
+# A layer's class, the name of a part in it, and the part's own class.
+Place = tuple[type, str, type]
+
+
+def _parts(layers: torch.nn.ModuleList | None) -> dict[torch.nn.Module, Place]:
+    """The layers' parts and where they stand."""
+    return {part: (type(layer), name, type(part)) for layer in layers or () for name, part in layer.named_children()}
+
+
+def places_of(layers: torch.nn.ModuleList | None, parts: Sequence[torch.nn.Module]) -> set[Place]:
+    """Where these parts of layers stand."""
+    places = _parts(layers)
+    return {places[part] for part in parts}
 
 
 @torch.no_grad()
 def find_mixers(
-    layers: torch.nn.ModuleList | None, run: Callable[[], Any], known: Collection[tuple[type, str, type]] = ()
+    layers: torch.nn.ModuleList | None, run: Callable[[], Any], known: Collection[Place] = ()
 ) -> list[torch.nn.Module]:
     """Parts of layers whose output at a token changes with tokens before it.
 
     Args:
         layers: a model's.
         run: a run of the stock model on one sequence ``[1, T]``.
-        known: `kinds_of` parts that do whatever their weights, which may be zeros.
+        known: `places_of` parts that do whatever their weights, which may be zeros.
     """
     calls: dict[torch.nn.Module, tuple[tuple, dict[str, Any]]] = {}
 
     def record(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         calls.setdefault(module, (args, kwargs))
 
-    children = [child for layer in layers or () for child in layer.children()]
-    hooks = [child.register_forward_pre_hook(record, with_kwargs=True) for child in children]
-    try:
+    places = _parts(layers)
+    with hooked(part.register_forward_pre_hook(record, with_kwargs=True) for part in places):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    expected = {
-        part
-        for layer in layers or ()
-        for name, part in layer.named_children()
-        if (type(layer), name, type(part)) in known
-    }
-    return [child for child, given in calls.items() if child in expected or _mixes(child, *given)]
+    return [part for part, given in calls.items() if places[part] in known or _mixes(part, *given)]
 
 
 def _mixes(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:

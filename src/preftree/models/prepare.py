@@ -17,13 +17,15 @@ from preftree.attention import check_backend
 from preftree.models import interface, mixers
 from preftree.models.compiled import check_memory_budget, compile_layers, worth_compiling
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
-from preftree.models.refusals import find_refusal, read_by_index
+from preftree.models.refusals import find_refusal, other_layer_types, read_by_index
+from preftree.models.replaced import in_evaluation
 from preftree.models.twins import is_twin, twin_of
-from preftree.models.verify import cut_last_layer, first_position, in_evaluation, small_batch, small_row, verify_on_tree
+from preftree.models.verify import cut_last_layer, first_position, small_batch, small_row, verify_on_tree
 from preftree.packing import PackedRow
 
 # Of a model that tree attention is under: an `_Attached`.
 _ATTACHED = "_preftree_attached"
+_REFUSED = " cannot share prefixes exactly: "
 
 
 def _tree_aware(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,33 +107,41 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
     if attached is not None and base.config._attn_implementation == attached.since:
         return attached.prepared.again(backend)
     detach_tree_attention(base)
-    family = f"{type(base).__name__} (model_type {base.config.model_type!r})"
-    if (refusal := find_refusal(base)) is not None:
-        setting, reason = refusal
-        raise NotImplementedError(f"{family} cannot share prefixes exactly: {setting}: {reason}")
-    if verify:
-        from preftree.families.selftest import what_is_wrong  # which prepares models itself
-
-        if (wrong := what_is_wrong(base)) is not None:
-            raise NotImplementedError(f"{family} cannot share prefixes exactly: {wrong}")
-    for argument in ("input_ids", "attention_mask"):
-        if not takes(base, argument):
-            raise NotImplementedError(
-                f"{family} cannot share prefixes exactly: its forward pass takes no {argument}, which a row is given by"
-            )
     implementation = base.config._attn_implementation
-    name = interface.OVER_EAGER if _serves_eagerly(base, implementation) else interface.OVER_SDPA
     try:
+        _check(base, verify)
         prepared = PreparedModel(base, backend)
-        base.set_attn_implementation(name)
+        base.set_attn_implementation(
+            interface.OVER_EAGER if _serves_eagerly(base, implementation) else interface.OVER_SDPA
+        )
         _follow_the_tree(prepared, verify)
     except Exception as error:
         _restore_attention(base, implementation)
         if isinstance(error, NotImplementedError):
-            raise NotImplementedError(f"{family} cannot share prefixes exactly: {error}") from error
+            family = f"{type(base).__name__} (model_type {base.config.model_type!r})"
+            raise NotImplementedError(f"{family}{_REFUSED}{error}") from error
         raise
     vars(base)[_ATTACHED] = _Attached(prepared, implementation, base.config._attn_implementation)
     return prepared
+
+
+def reason_of(error: NotImplementedError) -> str:
+    """What `attach_tree_attention` refused a model for, without the family's name."""
+    return str(error).partition(_REFUSED)[2] or str(error)
+
+
+def _check(base: PreTrainedModel, verify: bool) -> None:
+    """Raise `NotImplementedError` for a model that is refused before anything is changed."""
+    if (refusal := find_refusal(base)) is not None:
+        raise NotImplementedError(": ".join(refusal))
+    if verify:
+        from preftree.families.selftest import what_is_wrong  # which prepares models itself
+
+        if (wrong := what_is_wrong(base)) is not None:
+            raise NotImplementedError(wrong)
+    for argument in ("input_ids", "attention_mask"):
+        if not takes(base, argument):
+            raise NotImplementedError(f"its forward pass takes no {argument}, which a row is given by")
 
 
 def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
@@ -142,14 +152,16 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
     """
     reason: Any = None
     prepared.first_position = first_position(prepared) if prepared.takes_positions else 0
-    if (by_index := read_by_index(prepared.model)) is None:
+    other_kinds, by_index = other_layer_types(prepared.model.config), read_by_index(prepared.model)
+    told = other_kinds or by_index
+    if told is None:
         try:
             prepared.rounding = verify_on_tree(prepared) if verify else None
             return
         except NotImplementedError as error:
             reason = error
     with in_evaluation(prepared.model):
-        mixing = _find_mixers(prepared, _kinds_that_mix(prepared.model))
+        mixing = _find_mixers(prepared, _places_that_mix(prepared.model))
         prepared.mixing_parts = len(mixing)
         try:
             lost = mixers.find_lost(mixing, lambda: prepared.hidden_states(small_row(prepared)))
@@ -158,8 +170,7 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
                 str(reason or f"its forward pass fails on a row of trees ({type(error).__name__}: {error})")
             ) from error
     # What reads indices where a small row does not show it could be in any part.
-    whole = by_index is not None and not by_index[0].startswith("layer types")
-    for parts in [mixing] if whole else [lost, mixing]:
+    for parts in [mixing] if by_index is not None and other_kinds is None else [lost, mixing]:
         if not parts:
             continue
         mixers.run_along_paths(parts)
@@ -167,10 +178,9 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
         try:
             prepared.rounding = verify_on_tree(prepared)
             kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
-            why = str(reason) if by_index is None else ": ".join(by_index)
             warnings.warn(
                 f"{type(prepared.model).__name__}: {kinds} run along each path of a row, exactly but without sharing: what "
-                f"they compute of a prompt, they compute once for each response ({why})",
+                f"they compute of a prompt, they compute once for each response ({told or reason})",
                 UserWarning,
                 stacklevel=4,
             )
@@ -179,20 +189,20 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
             mixers.restore(parts)
             prepared.along_paths = []
             reason = reason or error
-    raise NotImplementedError(str(reason) if by_index is None else f"{': '.join(by_index)} (along its paths: {reason})")
+    raise NotImplementedError(str(reason) if told is None else f"{told} (along its paths: {reason})")
 
 
-def _find_mixers(prepared: PreparedModel, known: Collection[tuple[type, str, type]] = ()) -> list[torch.nn.Module]:
+def _find_mixers(prepared: PreparedModel, known: Collection[mixers.Place] = ()) -> list[torch.nn.Module]:
     return mixers.find_mixers(prepared.layers, lambda: prepared.stock_forward(**small_batch(prepared)), known)
 
 
-def _kinds_that_mix(model: PreTrainedModel) -> set[tuple[type, str, type]]:
+def _places_that_mix(model: PreTrainedModel) -> set[mixers.Place]:
     """As a tiny model with random weights shows: those of a model that begins to be trained may be zeros, which hides it."""
     if is_twin(model) or is_deepspeed_zero3_enabled():
         return set()
     try:
         tiny = PreparedModel(twin_of(model), "dense")
-        return mixers.kinds_of(tiny.layers, _find_mixers(tiny))
+        return mixers.places_of(tiny.layers, _find_mixers(tiny))
     except Exception:  # no such model, or not one that runs as it is
         return set()
 

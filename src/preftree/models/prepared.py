@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from preftree.models import interface, mixers
-from preftree.models.replaced import forward_replaced
+from preftree.models.replaced import forward_replaced, hooked, in_evaluation
 from preftree.models.tables import adding_where_they_lie
 from preftree.packing import PackedRow
 
@@ -34,6 +34,7 @@ class PreparedModel:
         paths_together: see `interface.ActiveRow`; known from the first row, that of the verification.
         mixing_parts: all parts that mix tokens, these included; 0 if that has not been looked for.
         takes_positions: whether the backbone is told where tokens stand.
+        position_embeddings: of a backbone that is not, those that can be.
         first_position: what the stock model counts from (RoBERTa: from behind its padding token's).
     """
 
@@ -51,6 +52,11 @@ class PreparedModel:
         self.mixing_parts = 0
         self.paths_together = False
         self.takes_positions = takes(self.backbone, "position_ids")
+        self.position_embeddings: list[torch.nn.Module] = [
+            part
+            for part in self.backbone.modules()
+            if not self.takes_positions and isinstance(part, torch.nn.Embedding) and takes(part, "position_ids")
+        ]
         self.first_position = 0
 
     def _forward_now(self) -> Callable[..., Any]:
@@ -126,7 +132,7 @@ class PreparedModel:
             interface.activate(row, self.backend, self.contiguous, wanted if cut else None) as active,
             adding_where_they_lie(self.model.get_input_embeddings()),
             mixers.in_checkpoints(self.model, active) if self.along_paths else nullcontext(),
-            nullcontext() if self.takes_positions else _embedded_at(self.backbone, positions),
+            _embedded_at(self.position_embeddings, positions),
         ):
             active.paths_together = self.paths_together
             output = (forward or self.backbone)(
@@ -204,22 +210,13 @@ class PreparedModel:
             return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits.squeeze(0)
 
 
-@contextmanager
-def _embedded_at(backbone: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """While inside, a backbone that counts positions by itself, as it is not told them, embeds these."""
+def _embedded_at(embeddings: list[torch.nn.Module], positions: torch.Tensor) -> AbstractContextManager[None]:
+    """While inside, these embeddings of positions, which count them by themselves, give those of others."""
 
     def place(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, kwargs | {"position_ids": positions}
 
-    embeddings = [
-        part for part in backbone.modules() if isinstance(part, torch.nn.Embedding) and takes(part, "position_ids")
-    ]
-    hooks = [part.register_forward_pre_hook(place, with_kwargs=True) for part in embeddings]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return hooked(part.register_forward_pre_hook(place, with_kwargs=True) for part in embeddings)
 
 
 class _HiddenStates(BaseModelOutputWithPast):
@@ -252,16 +249,9 @@ def _find_backbone(model: PreTrainedModel) -> torch.nn.Module:
     parts = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     candidates: list[Any] = [part for part in (model.base_model, model.get_decoder(), *parts) if part is not model]
     called: list[torch.nn.Module] = []
-    hooks = [part.register_forward_pre_hook(lambda module, _: called.append(module)) for part in candidates]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    hooks = (part.register_forward_pre_hook(lambda module, _: called.append(module)) for part in candidates)
+    with hooked(hooks), in_evaluation(model), torch.no_grad():
+        model(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device))
     for candidate in candidates:
         if candidate in called:
             return candidate

@@ -98,22 +98,27 @@ def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
     return None
 
 
-def read_by_index(model: PreTrainedModel) -> tuple[str, str] | None:
-    """``(setting, reason)`` of the first setting that lets layers compute by a token's index in the row, or None.
+def other_layer_types(config: PreTrainedConfig) -> str | None:
+    """The kinds of layers that are not attention and so read a row in its order, and that they do; None without any."""
+    others = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYER_TYPES)
+    return (
+        f"layer types {', '.join(others)}: layers that are not attention read the row in its order" if others else None
+    )
+
+
+def read_by_index(model: PreTrainedModel) -> str | None:
+    """The first setting that lets attention compute by a token's index in the row, and what does; or None.
 
     A run on a small row need not show it: scales that grow with the index may begin to at some thousand tokens.
     """
     config = model.config.get_text_config()
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYER_TYPES)
-    if others:
-        return f"layer types {', '.join(others)}", "layers that are not attention read the row in its order"
     if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
-        return "alibi", "its biases are computed from row indices, not from positions in the sequence"
+        return "alibi: its biases are computed from row indices, not from positions in the sequence"
     if any(
         getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
         for module in model.modules()
     ):
-        return "attn_temperature_tuning", "its query scales are computed from row indices"
+        return "attn_temperature_tuning: its query scales are computed from row indices"
     if getattr(config, "index_topk", None):
-        return "index_topk", "an indexer selects keys by their index in the row"
+        return "index_topk: an indexer selects keys by their index in the row"
     return None

@@ -275,6 +275,9 @@ def _layers_of_each_kind(kinds: list[tuple[Any, ...]]) -> list[int]:
 def twin(model_class: Any, config_class: Any, seed: int = 0) -> PreTrainedModel:
     """A tiny model of a class with random weights, in float32 and evaluation mode.
 
+    Its configuration is made of the sizes alone, so that what the class derives from sizes fits them (`tiny_config`, which
+    keeps a model's own settings, keeps what was derived as well).
+
     Raises:
         NotTiny: if none can be made of this class: its own error, or its size.
     """
@@ -291,16 +294,15 @@ def twin(model_class: Any, config_class: Any, seed: int = 0) -> PreTrainedModel:
             made = made.get_text_config()
     except Exception as error:
         raise _not_tiny(error) from error
-    return _random_model(model_class, made, seed)
+    return random_model(model_class, made, seed)
 
 
-def twin_of(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """A tiny model with random weights that has all settings of a model but its sizes; as `twin`.
+def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """All of a configuration but its sizes.
 
     Raises:
-        NotTiny: if none can be made: its class's own error, or its size.
+        NotTiny: if its class does not take that.
     """
-    config = model.config
     try:
         given = config.to_dict() | tiny_settings(config)
         for name in getattr(config, "sub_configs", {}):
@@ -308,10 +310,18 @@ def twin_of(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
                 given[name] = part.to_dict() | tiny_settings(part)
         for name in ("quantization_config", "_name_or_path", "dtype"):
             given.pop(name, None)
-        made = type(config).from_dict(given)
+        return type(config).from_dict(given)
     except Exception as error:
         raise _not_tiny(error) from error
-    return _random_model(type(model), made, seed)
+
+
+def twin_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A tiny model with random weights that has all settings of a model but its sizes; as `twin`.
+
+    Raises:
+        NotTiny: if none can be made: its class's own error, or its size.
+    """
+    return random_model(type(model), tiny_config(model.config))
 
 
 def is_twin(model: torch.nn.Module) -> bool:
@@ -319,7 +329,12 @@ def is_twin(model: torch.nn.Module) -> bool:
     return getattr(model, _MARK, False)
 
 
-def _random_model(model_class: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def random_model(model_class: Any, config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model with random weights, in float32 and evaluation mode.
+
+    Raises:
+        NotTiny: if none can be made of this configuration: the class's own error, or its size.
+    """
     # With a soft cap, the stock model asks for it (and before transformers 5.18 leaves the cap out in silence).
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     loading = {"attn_implementation": "eager"} if capped else {}

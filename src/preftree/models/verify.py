@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -12,6 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from preftree.models.interface import as_stock
 from preftree.models.last_layer import add_last_layer_hook
 from preftree.models.prepared import PreparedModel
+from preftree.models.replaced import hooked, in_evaluation
 from preftree.packing import PackedRow, pack
 from preftree.tree import TokenTree
 
@@ -44,17 +44,6 @@ def _row(trees: list[TokenTree]) -> PackedRow:
     return pack(trees, row_length=sum(len(tree) for tree in trees) + 5)[0]
 
 
-@contextmanager
-def in_evaluation(model: torch.nn.Module) -> Iterator[None]:
-    """While inside, the model is in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def small_row(prepared: PreparedModel) -> PackedRow:
     """A row of a few trees and padding, on the model's device."""
     return _row(_trees(prepared.vocabulary_size)[0]).to(prepared.device)
@@ -72,13 +61,9 @@ def first_position(prepared: PreparedModel) -> int:
     ids = small_batch(prepared)["input_ids"]
     looked_up: list[torch.Tensor] = []
     embeddings = [part for part in prepared.backbone.modules() if isinstance(part, torch.nn.Embedding)]
-    hooks = [part.register_forward_pre_hook(lambda module, args: looked_up.extend(args[:1])) for part in embeddings]
-    try:
-        with in_evaluation(prepared.model):
-            _stock_hidden(prepared, ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = (part.register_forward_pre_hook(lambda module, args: looked_up.extend(args[:1])) for part in embeddings)
+    with hooked(hooks), in_evaluation(prepared.model):
+        _stock_hidden(prepared, ids)
     places = torch.arange(ids.shape[1], device=ids.device)
     for given in looked_up:
         if given.shape[-1:] == places.shape and not given.is_floating_point():
@@ -190,8 +175,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).square().mean(-1).max().sqrt())
 
 
-@contextmanager
-def _embeddings_moved(prepared: PreparedModel, seed: int) -> Iterator[None]:
+def _embeddings_moved(prepared: PreparedModel, seed: int) -> AbstractContextManager[None]:
     """While inside, embeddings of tokens are a rounding step larger, smaller, or as they are, number by number."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -199,35 +183,28 @@ def _embeddings_moved(prepared: PreparedModel, seed: int) -> Iterator[None]:
         step = torch.randint(-1, 2, output.shape, generator=generator).to(output.device)
         return (output * (1 + torch.finfo(output.dtype).eps * step)).to(output.dtype)
 
-    hook = cast(torch.nn.Module, prepared.model.get_input_embeddings()).register_forward_hook(move)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return hooked([cast(torch.nn.Module, prepared.model.get_input_embeddings()).register_forward_hook(move)])
 
 
 def _stock_hidden(prepared: PreparedModel, ids: torch.Tensor) -> torch.Tensor:
     """The stock model's final hidden states of one sequence ``[1, L]``, float64 ``[L, hidden]``."""
-    captured = []
+    with as_stock(getattr(prepared.backbone, "config", None)):
+        return _stock_run(prepared, ids)[0].double()
+
+
+def _stock_run(prepared: PreparedModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states ``[L, hidden]`` of one sequence ``[1, L]``, and what the head makes of them."""
+    captured: list[Any] = []
     hook = prepared.backbone.register_forward_hook(lambda module, args, output: captured.append(output))
-    try:
-        with as_stock(getattr(prepared.backbone, "config", None)):
-            prepared.stock_forward(input_ids=ids, use_cache=False)
-    finally:
-        hook.remove()
-    return captured[-1].last_hidden_state[0].double()
+    with hooked([hook]):
+        logits = prepared.stock_forward(input_ids=ids, use_cache=False).logits[0]
+    return captured[-1].last_hidden_state[0], logits
 
 
 def _verify_head(prepared: PreparedModel, sequence: list[int], device: torch.device) -> None:
     """The head on given hidden states must give the whole model's logits (a classifier: its scores)."""
-    ids = torch.tensor([sequence], device=device)
-    captured = []
-    hook = prepared.backbone.register_forward_hook(lambda module, args, output: captured.append(output))
-    try:
-        whole = prepared.stock_forward(input_ids=ids, use_cache=False).logits[0].double()
-    finally:
-        hook.remove()
-    hidden = captured[-1].last_hidden_state[0]
+    hidden, logits = _stock_run(prepared, torch.tensor([sequence], device=device))
+    whole = logits.double()
     # A sequence classifier reads the last token that is not padding; this sequence may end with some.
     parts = (prepared.scores(hidden) if prepared.classifies else prepared.logits(hidden)).double()
     if prepared.classifies:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from preftree.models.prepared import PreparedModel
+from preftree.models.replaced import in_evaluation
 
 _TOKENS = 8
 _PADDING = 3
@@ -38,12 +39,8 @@ class StockPositions:
 @torch.no_grad()
 def find_stock_positions(prepared: PreparedModel) -> StockPositions:
     """Try the stock model on a few rows of some ten tokens."""
-    was_training = prepared.model.training
-    prepared.model.eval()
-    try:
+    with in_evaluation(prepared.model):
         return StockPositions(_counted_by(prepared), _invariant_below(prepared))
-    finally:
-        prepared.model.train(was_training)
 
 
 def _hidden(prepared: PreparedModel, **inputs: torch.Tensor) -> torch.Tensor:
