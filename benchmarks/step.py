@@ -42,6 +42,8 @@ from tables import draw, library_versions, write
 
 ROOT = Path(__file__).parent.parent
 SIDES = ("trl", "packed", "preftree")
+ON_A_GPU = "qwen3-1.7b"
+MODELS = ("smollm2", "qwen3-1.7b", "qwen3-0.6b", "qwen3.5-2b", "lfm2-1.2b", "tiny")
 # Dense bf16 TFLOP/s by the vendor.
 PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 # Seconds of products before the steps that count, in a side's first case and in the others.
@@ -152,6 +154,51 @@ def tiny_tokenizer(vocabulary: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
 
 
+def shape(name: str):
+    """The configuration of a model that is made with random weights."""
+    from transformers import Lfm2Config, Qwen3_5TextConfig, Qwen3Config
+
+    common = {"max_position_embeddings": 1 << 17, "tie_word_embeddings": True}
+    qwen3 = {"vocab_size": 151936, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128} | common
+    shapes: dict[str, Any] = {
+        "qwen3-1.7b": lambda: Qwen3Config(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, **qwen3),
+        "qwen3-0.6b": lambda: Qwen3Config(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, **qwen3),
+        "qwen3.5-2b": lambda: Qwen3_5TextConfig(
+            vocab_size=248320,
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=24,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=256,
+            linear_num_key_heads=16,
+            linear_num_value_heads=16,
+            **common,
+        ),
+        "lfm2-1.2b": lambda: Lfm2Config(
+            vocab_size=65536,
+            hidden_size=2048,
+            intermediate_size=12288,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            full_attn_idxs=[2, 5, 8, 10, 12, 14],
+            **common,
+        ),
+        "tiny": lambda: Qwen3Config(
+            vocab_size=2000,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            **common,
+        ),
+    }
+    return shapes[name]()
+
+
 def model_and_tokenizer(name: str):
     """The model, its reference and a tokenizer."""
     import torch
@@ -164,22 +211,7 @@ def model_and_tokenizer(name: str):
         folder = smollm2(ROOT / "build" / "smollm2")
         models = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]
         return *models, AutoTokenizer.from_pretrained(folder)
-    from transformers import Qwen3Config
-
-    shapes: dict[str, dict[str, Any]] = {
-        "qwen3-1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
-        "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
-        "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
-    }
-    config = Qwen3Config(
-        vocab_size=151936 if name != "tiny" else 2000,
-        num_attention_heads=16 if name != "tiny" else 4,
-        num_key_value_heads=8 if name != "tiny" else 2,
-        head_dim=128 if name != "tiny" else 16,
-        max_position_embeddings=1 << 17,
-        tie_word_embeddings=True,
-        **shapes[name],
-    )
+    config = shape(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = []
     for _ in range(2):
@@ -500,7 +532,7 @@ def kernels_of(measured: dict[str, list[dict[str, Any]]], count: int = 30) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("smollm2", "qwen3-1.7b", "qwen3-0.6b", "tiny"), help="default by device")
+    parser.add_argument("--model", choices=MODELS, help="default by device")
     parser.add_argument("--suites", nargs="+", choices=("fixed", "lengths", "growth", "mixed"), help="cases for a GPU")
     parser.add_argument("--only", default="", help="of a suite, the cases whose name contains this")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
@@ -518,7 +550,7 @@ def main() -> None:
     import torch
 
     cuda = torch.cuda.is_available()
-    options.model = options.model or ("qwen3-1.7b" if cuda else "smollm2")
+    options.model = options.model or (ON_A_GPU if cuda else "smollm2")
     steps = (options.steps or (6 if options.suites else 2)) + (2 if cuda else 1)
     options.rounds = options.rounds or (1 if options.suites else 2)
     if options.suites:
@@ -540,6 +572,8 @@ def main() -> None:
     rows = summarise(measured, peak)
     if options.out:
         suites = "_".join(options.suites or ["pairs"])
+        if options.suites and options.model != ON_A_GPU:
+            suites += f"_{options.model}"
         machine = card.split()[1].lower() if card else "cpu"
         head = f"{options.model}; {versions()}{library_versions()}"
         write(rows, options.out / f"step_{suites}_{machine}.csv", head)

@@ -1,5 +1,7 @@
 """The census of model families, on a sample: what it finds exact, refused, wrong; the command line and its page."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -10,7 +12,7 @@ from preftree.attention import mask
 from preftree.cli import main
 from preftree.families import census
 from preftree.models import mixers, twins
-from preftree.models.mixers import PathBatches
+from preftree.models.path_batches import PathBatches
 
 KNOWN = families.causal_families()
 # Of each mechanism one; along paths, so many parts of how many.
@@ -69,7 +71,7 @@ def test_what_is_wrong_is_found_wrong(monkeypatch, capsys):
 def test_gradients_alone_can_be_wrong(monkeypatch):
     """Paths that pass no gradient on: right values."""
     along = mixers._tensor_along
-    monkeypatch.setattr(mixers, "_tensor_along", lambda given, nodes, length: along(given.detach(), nodes, length))
+    monkeypatch.setattr(mixers, "_tensor_along", lambda given, *others: along(given.detach(), *others))
     found = families.examine("mamba", KNOWN["mamba"])
     assert found.status == "wrong"
     assert found.logps <= 1e-5 < found.gradients
@@ -115,7 +117,7 @@ def test_paths_that_are_wrong_are_refused(monkeypatch):
 
     def leaking(cls, row, shortest):
         paths = of(cls, row, shortest)
-        return PathBatches(tuple(nodes.roll(1, 1) for nodes in paths.nodes), paths.source)
+        return replace(paths, batches=tuple(replace(batch, local=batch.local.roll(1, 1)) for batch in paths.batches))
 
     monkeypatch.setattr(PathBatches, "_of", classmethod(leaking))
     found = families.examine("mamba", KNOWN["mamba"])

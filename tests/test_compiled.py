@@ -28,6 +28,10 @@ def captured(monkeypatch):
     monkeypatch.setattr(compiled, "_BACKEND", "aot_eager")
 
 
+# Layers that attend and do not, that do not at all, that attend by their own code, that hand on what they selected.
+ALONG = ["lfm2", "mamba", "bloom", "glm_moe_dsa", "nemotron_h"]
+
+
 def graphs():
     return counters["stats"]["unique_graphs"]
 
@@ -68,9 +72,10 @@ def test_same_numbers_by_compiled_code():
 
 
 @pytest.mark.usefixtures("captured")
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "gpt2", "deepseek_v3", "gpt_oss", "olmo2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "gpt2", "deepseek_v3", "gpt_oss", "olmo2", *ALONG])
+@pytest.mark.filterwarnings("ignore:.* run along each path")
 def test_one_compilation_for_all_lengths(name):
-    """Gemma 3 has two kinds of layers, the mixtures of experts parts that cannot be compiled."""
+    """Gemma 3 has two kinds of layers, the mixtures of experts parts that cannot be compiled, others parts along paths."""
     model = preftree.prepare_model(exact_model(name)).train()
     expected = [numbers(model, row) for row in ROWS]
     assert compile_layers(model) == 3

@@ -1,17 +1,20 @@
 """Parts of layers that run along paths: recurrences, convolutions, attention of families' own; against the stock model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import ALONG_PATHS, VOCABULARY, build, exact_model
 from oracle import compare_with_stock, random_row, random_sequences, stock_logps, walks_up
 from preference_data import dataset, text_pairs
+from torch.utils.flop_counter import FlopCounterMode
 from trl_runs import differences, train
 
 import preftree
-from preftree.models import mixers
-from preftree.models.mixers import PathBatches
+from preftree.models import interface, mixers
+from preftree.models.path_batches import BY_PLACE, PathBatches, Sequences, read
 from preftree.packing import empty_row
 
 TOLERANCE = 1e-5
@@ -95,6 +98,50 @@ def test_what_does_not_mix_tokens_sees_each_once():
     assert seen == {"mlp": [30] * 3, "linear_attn": [2 * 24] * 2, "self_attn": [30]}
 
 
+@pytest.mark.parametrize("name", ["lfm2", "bloom", "falcon-alibi", "openai-gpt"])
+def test_products_are_computed_once_a_token(name):
+    """Those of projections in parts along paths too, forward and backward."""
+    model = preftree.prepare_model(exact_model(name))
+    prompt, responses = [5] * 20, [[6] * 4, [7] * 3, [8] * 5]
+    tree = preftree.TokenTree.from_sequences([prompt + response for response in responses], [20] * 3)
+    counted = []
+    for trees in ([tree], [preftree.TokenTree.from_sequences([[5] * 32], [20])]):
+        row = preftree.pack(trees, 40)[0]
+        assert row.num_tokens == 32
+        with FlopCounterMode(display=False) as counter:
+            model._preftree.hidden_states(row).sum().backward()
+        operations = counter.get_flop_counts()["Global"]
+        counted.append(operations[torch.ops.aten.mm] + operations.get(torch.ops.aten.addmm, 0))
+    parts = model._preftree.along_paths
+    weights = sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
+    assert counted[0] == counted[1] > 6 * 32 * weights > 0
+
+
+def test_products_of_what_has_been_changed_in_place():
+    """What is known of a tensor's tokens no longer holds; and what is no product of tokens is left alone."""
+    tree = preftree.TokenTree.from_sequences([[5, 6, 7, 8], [5, 6, 9]], [1, 1])
+    (batch,) = PathBatches.of(preftree.pack([tree])[0]).batches
+    weight, module = torch.randn(4, 3), torch.nn.Identity()
+    sequences = Sequences(batch, module)
+    tokens = torch.randn(5, 3)
+    places = sequences.along(tokens)
+    expected, other = (tokens @ weight.T)[batch.local], torch.randn(2, 7, 3)
+    results = []
+    with sequences:
+        results.append(F.linear(places, weight))
+        assert sequences.at_tokens(results[0]).shape == (5, 4)
+        places *= 2
+        results += [F.linear(places, weight), places @ weight.T, places[0] @ weight.T]
+        results.append(torch.addmm(torch.zeros(4), places.flatten(0, 1), weight.T))
+        assert not hasattr(module, BY_PLACE)
+        results.append(F.linear(other, weight))
+        assert getattr(module, BY_PLACE)
+        results.append(F.linear(places, weight))
+    right = [expected, *[2 * expected] * 2, 2 * expected[0], 2 * expected.flatten(0, 1), other @ weight.T, 2 * expected]
+    for result, own in zip(results, right, strict=True):
+        torch.testing.assert_close(result, own)
+
+
 @pytest.mark.parametrize("own", [{}, {"row_length": 64}], ids=["one-row", "several-rows"])
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("name", ["lfm2", "mamba", "falcon-alibi"])
@@ -120,18 +167,47 @@ def test_paths_of_a_row(seed, together):
     walks = [walk[::-1] for walk in walks_up(row)]
     real = range(row.num_tokens)
     leaves = [node for node in real if node not in set(row.parent.tolist())]
-    found = [path for nodes in paths.nodes for path in nodes.tolist()]
-    flat = [node for path in found for node in path]
-    for node in real:
-        at = int(paths.source[node])
-        assert flat[at] == node
-    for nodes in paths.nodes:
+    last, trees = [], []
+    for batch in paths.batches:
+        nodes = batch.tokens[batch.local]
+        roots = {}
         for path in nodes.tolist():
             walk = walks[path[-1]]
             assert path == walk + walk[-1:] * (len(path) - len(walk))
-            assert together or len(walk) >= 0.75 * len(path)
-    assert sorted(path[-1] for path in found) == leaves
-    assert len(paths.nodes) == 1 or not together
+            last.append(path[-1])
+            roots[path[0]] = max(roots.get(path[0], 0), len(walk))
+        assert together or min(roots.values()) >= 0.75 * nodes.shape[1]
+        trees += roots
+        assert torch.equal(nodes.flatten()[batch.first], batch.tokens)
+    assert sorted(last) == leaves
+    assert len(trees) == len(set(trees))
+    assert sorted(paths.tokens.tolist()) == list(real)
+    assert len(paths.batches) == 1 or not together
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_through_paths(seed):
+    """To places and back, against indexing; what padding holds has no gradient."""
+    row = random_row(seed, stretch=5)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(row), 3, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    paths = PathBatches.of(row)
+    loss = expected = 0.0
+    for batch in paths.batches:
+        nodes, (count, longest) = batch.tokens[batch.local], batch.local.shape
+        weights = torch.randn(count, longest, 3, 2, dtype=torch.float64, generator=generator)
+        places = batch.along(read(x, batch.tokens))
+        torch.testing.assert_close(places, x[nodes], rtol=0, atol=0)
+        loss = loss + (places * weights).sum() + (batch.at_tokens(places.flatten(0, 1)) ** 2).sum()
+        weights = weights.where((nodes != nodes.roll(1, 1))[..., None, None], 0)  # (a path holds no token twice)
+        expected = expected + (x[nodes] * weights).sum() + (x[batch.tokens] ** 2).sum()
+    for found, right in zip(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+    back = paths.back([x[batch.tokens] for batch in paths.batches])
+    assert torch.equal(back[: row.num_tokens], x[: row.num_tokens])
+    assert not back[row.num_tokens :].any()
+    (gradient,) = torch.autograd.grad(back[row.num_tokens // 2].sum(), x)
+    assert gradient.nonzero()[:, 0].unique().tolist() == [row.num_tokens // 2]
 
 
 def test_parts_that_start_from_zeros_run_along_paths_too():
@@ -164,7 +240,11 @@ def test_parts_that_others_have_replaced():
 
 def test_arguments_along_paths():
     """What is given for each token goes with the tokens, what is made by index is a sequence's."""
-    nodes, length = torch.tensor([[0, 1, 4], [0, 2, 2]]), 6
+    tree = preftree.TokenTree.from_sequences([[5, 6, 7, 8], [5, 9]], [1, 1])
+    row = preftree.pack([tree], 6)[0]
+    (batch,) = PathBatches.of(row).batches
+    nodes, length = batch.tokens[batch.local], 6
+    assert nodes.tolist() == [[0, 1, 2, 3], [0, 4, 4, 4]]
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -179,23 +259,31 @@ def test_arguments_along_paths():
     )
     axes, index, other = torch.arange(18).view(3, 1, 6), draw(6, 5), draw(2, 7)
     given = {"hidden": hidden, "rotated": (rotated, [rotated]), "mask": mask, "slopes": slopes, "wide": wide}
-    along = mixers._along(
-        given | {"axes": axes, "index": index, "other": other, "cache": None, "flag": True}, nodes, length
-    )
+    given |= {"axes": axes, "index": index, "other": other, "cache": None, "flag": True}
+    along = mixers._along(given, Sequences(batch, torch.nn.Identity()), length)
     for p, path in enumerate(nodes.tolist()):
         for at, node in enumerate(path):
             assert torch.equal(along["hidden"][p, at], hidden[0, node])
             assert torch.equal(along["rotated"][0][p, 0, at], rotated[0, 0, node])
             assert torch.equal(along["rotated"][1][0], along["rotated"][0])
             assert torch.equal(along["axes"][:, p, at], axes[:, 0, node])
-            for key in range(3):
+            for key in range(4):
                 assert along["mask"][p, 0, at, key] == mask[0, 0, at, key]
-        assert torch.equal(along["slopes"][4 * p : 4 * p + 4], slopes[:, :, :3])
-        assert torch.equal(along["wide"][p], wide[0, :, :, :3])
-    assert torch.equal(along["index"], index[:3])
+        assert torch.equal(along["slopes"][4 * p : 4 * p + 4], slopes[:, :, :4])
+        assert torch.equal(along["wide"][p], wide[0, :, :, :4])
+    assert torch.equal(along["index"], index[:4])
     assert along["other"] is other
     assert (along["cache"], along["flag"]) == (None, True)
-    assert along["slopes"].shape == (8, 1, 3)
+    assert along["slopes"].shape == (8, 1, 4)
+
+
+def test_what_is_given_no_tokens_is_refused():
+    """The last layer cut to some tokens, say: it would run on what is no sequence."""
+    row = random_row(0)
+    active = interface.ActiveRow(row, "dense")
+    part = exact_model("lfm2").model.layers[0].conv
+    with pytest.raises(NotImplementedError, match="Lfm2ShortConv is given nothing that a row's tokens have each"):
+        mixers.along_paths(part, active, (torch.randn(1, len(row) - 1, 32),), {"past_key_values": None})
 
 
 def test_row_of_padding_reaches_all_weights():
@@ -216,4 +304,4 @@ def test_refused_models_are_left_as_they_were(monkeypatch):
 
 
 def _shifted(paths):
-    return PathBatches(paths.nodes, paths.source.roll(1))
+    return replace(paths, tokens=paths.tokens.roll(1))

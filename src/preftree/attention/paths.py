@@ -112,7 +112,6 @@ def _plan(row: PackedRow, window: int | None) -> PathPlan:
         for start, stop in intervals:
             pieces.append((start, at, stop - start, index))
             at += stop - start
-    parts = _sum_up(pieces)
     query_starts = [0, *(block.stop for block in blocks)]
     key_starts = [0, *accumulate(sum(stop - start for start, stop in intervals) for intervals in keys)]
     copies = [
@@ -120,15 +119,7 @@ def _plan(row: PackedRow, window: int | None) -> PathPlan:
         for start, to, length, _ in pieces
         for offset in range(0, length, TILE)
     ]
-    sources: list[tuple[int, int, int, int]] = []
-    origins: list[tuple[int, int]] = []
-    for node, length, copied in parts:
-        first = len(origins)
-        origins.extend(copied)
-        sources.extend(
-            (node + offset, min(TILE, length - offset), first, len(origins)) for offset in range(0, length, TILE)
-        )
-    tables = (query_starts, key_starts, copies, sources, origins)
+    tables = (query_starts, key_starts, copies, *tables_of_sums(pieces))
     flat = [torch.tensor(table, dtype=torch.int32).flatten() for table in tables]
     packed = torch.cat(flat)
     if row.device.type == "cuda":
@@ -145,6 +136,19 @@ def _plan(row: PackedRow, window: int | None) -> PathPlan:
         sources=sent[3].view(-1, 4),
         origins=sent[4].view(-1, 2),
     )
+
+
+def tables_of_sums(pieces: Sequence[tuple[int, int, int, int]]) -> tuple[list[tuple[int, ...]], list[tuple[int, int]]]:
+    """`PathPlan.sources` and `PathPlan.origins` for pieces ``(from, to, length, block)`` that have been copied."""
+    sources: list[tuple[int, ...]] = []
+    origins: list[tuple[int, int]] = []
+    for node, length, copied in _sum_up(pieces):
+        first = len(origins)
+        origins.extend(copied)
+        sources.extend(
+            (node + offset, min(TILE, length - offset), first, len(origins)) for offset in range(0, length, TILE)
+        )
+    return sources, origins
 
 
 def _sum_up(pieces: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, tuple[tuple[int, int], ...]]]:

@@ -37,7 +37,8 @@ responses of which some begin alike, in one row of trees. It is compared with it
 alone. Largest relative differences: of sequences' log-probabilities; of gradients, to the parameter's largest entry.
 
 - *exact*: within {tolerance:.0e}, or gradients within ten times what the stock model in a padded batch differs by ("rounding")
-- *along paths*: so many of the parts that mix tokens run along each path of a row, without sharing; all else is shared
+- *along paths*: so many of the parts that mix tokens run along each path of a row; their products with weights are shared, and
+  all else
 - *refused*: with this error; *fails*: with an error that is no refusal
 - *not made*: the census has no tiny model of it; it is tried when a user prepares one
 

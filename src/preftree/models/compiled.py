@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from preftree.kernels import has_triton
 from preftree.models.fusions import fuse
-from preftree.models.interface import KeysReached, RowMask
+from preftree.models.interface import KeysReached, RowMask, active_row
 from preftree.models.products import side_by_side
 
 _WRAPPER = "forward_with_checkpointing"
@@ -47,14 +47,13 @@ _DYNAMO: dict[str, Any] = {
 }
 
 
-def compile_layers(
-    model: torch.nn.Module, or_stock: bool = False, memory_budget: float = 1.0, apart: Sequence[torch.nn.Module] = ()
-) -> int:
+def compile_layers(model: torch.nn.Module, or_stock: bool = False, memory_budget: float = 1.0) -> int:
     """Let the decoder layers of a transformers model run rows compiled; returns how many it found.
 
     Layers of one class run the same code, so that the first one's compilation serves all; lengths are symbolic, so that it
     serves rows of every length. Attention is one operator in the compiled code (see `operator`). What cannot be compiled
-    (routing by value in a mixture of experts, FlexAttention, which is compiled for a length) runs between compiled parts.
+    (routing by value in a mixture of experts, FlexAttention, which is compiled for a length) and what runs along paths (see
+    `mixers`) runs between compiled parts.
     Activation checkpointing goes around the compiled code. Ordinary batches and generation run as before. Nothing is
     compiled until a layer runs.
 
@@ -62,14 +61,8 @@ def compile_layers(
         or_stock: layers that do not compile run as they are, with a warning; otherwise that raises.
         memory_budget: share of what a layer would keep for its backward pass that it may keep; the rest is computed again
             there, what takes least operations first. 1 computes only what costs next to nothing; 0 the whole layer.
-        apart: parts that run along paths (see `mixers`): layers with one are left as they are.
     """
-    kept = set(apart)
-    layers: list[Any] = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, GradientCheckpointingLayer) and kept.isdisjoint(layer.modules())
-    ]
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     for layer in layers:
         if not getattr(layer, "runs_rows_compiled", False):
             kind: Any = type(layer)
@@ -178,7 +171,8 @@ def _compiled_class(cls: Any, or_stock: bool, memory_budget: float) -> Any:
     compiled = _compile(stock, cls.__name__, or_stock, memory_budget)
 
     def forward(self, *args, **kwargs):
-        by_row = any(isinstance(given, RowMask) for given in (*args, *kwargs.values()))
+        # (A layer that attends to nothing is given no mask; one that runs again for its backward pass finds the row in it.)
+        by_row = active_row() is not None or any(isinstance(given, RowMask) for given in (*args, *kwargs.values()))
         return (compiled if by_row else stock)(self, *args, **kwargs)
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}

@@ -2,8 +2,9 @@
 
 A recurrence, a convolution, an attention with code of its own or with biases by index: whatever it does, it does it to a
 sequence. So its inputs are gathered from the row path by path, the family's own code runs on these as on a batch of sequences
-that are padded behind, and each token's output is read from the first path that holds it. That costs what these parts cost
-without sharing; everything else in a layer, and other layers, still see a shared token once.
+that are padded behind, and each token's output is read from the first path that holds it. What mixes tokens in these parts
+costs what it costs without sharing; their products with weights (see `path_batches`), everything else in a layer, and other
+layers still see a shared token once.
 
 What is given for each token goes with the tokens (hidden states, positions, rotations by position); what is made by index
 (masks, ALiBi's biases) is that of any sequence, and so of each path.
@@ -14,60 +15,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from preftree.attention.paths import query_blocks
 from preftree.models import interface
 from preftree.models.interface import ActiveRow, RowMask
+from preftree.models.path_batches import BY_PLACE, PathBatches, Sequences, read
 from preftree.models.replaced import forward_replaced, hooked
-from preftree.packing import PackedRow
-
-# Paths run together may be this much shorter than the longest of them.
-_SHORTEST = 0.75
-
-
-@dataclass(frozen=True)
-class PathBatches:
-    """A row's paths, from root to leaf, in batches of about one length.
-
-    Attributes:
-        nodes: LongTensors ``[P, L]``: the row's token at each place of a path; behind a shorter path's end, its last one.
-        source: LongTensor ``[S]``: where among all batches' places, one behind the other, a token's output is read.
-    """
-
-    nodes: tuple[torch.Tensor, ...]
-    source: torch.Tensor
-
-    @classmethod
-    def of(cls, row: PackedRow, together: bool = False) -> PathBatches:
-        """Of a row, made once; all in one batch if ``together``."""
-        key = ("path batches", together)
-        if key not in row.derived:
-            row.derived[key] = cls._of(row, 0.0 if together else _SHORTEST)
-        return row.derived[key]
-
-    @classmethod
-    def _of(cls, row: PackedRow, shortest: float) -> PathBatches:
-        # A row of nothing but padding has one path: weights are to see a gradient, if of zeros.
-        blocks = sorted(
-            query_blocks(row.runs or ((0, 1, -1),)), key=lambda block: -(block.depth + block.stop - block.start)
-        )
-        source = torch.zeros(len(row), dtype=torch.long)
-        batches: list[list[torch.Tensor]] = []
-        first = 0
-        for block in blocks:
-            path = torch.cat([torch.arange(*interval) for interval in block.keys(None)])
-            if not batches or len(path) < shortest * len(batches[-1][0]):
-                batches.append([])
-            longest = len(batches[-1][0]) if batches[-1] else len(path)
-            source[block.start : block.stop] = first + torch.arange(block.depth, len(path))
-            batches[-1].append(torch.cat((path, path[-1:].expand(longest - len(path)))))
-            first += longest
-        return cls(tuple(torch.stack(batch).to(row.device) for batch in batches), source.to(row.device))
 
 
 def along_paths(module: torch.nn.Module, active: ActiveRow, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -75,12 +32,16 @@ def along_paths(module: torch.nn.Module, active: ActiveRow, args: tuple, kwargs:
     active.path_calls += 1
     while True:
         paths, results = PathBatches.of(active.row, active.paths_together), []
+        sequences = [Sequences(batch, module) for batch in paths.batches]
         with interface.no_row(), interface.as_stock(_config(module)):
-            for nodes in paths.nodes:
-                given, named = _along((args, kwargs), nodes, len(active.row))
-                results.append(type(module).forward(module, *given, **named))
+            for batch in sequences:
+                given, named = _along((args, kwargs), batch, len(active.row))
+                if not batch.given:
+                    raise NotImplementedError(f"{type(module).__name__} is given nothing that a row's tokens have each")
+                with batch:
+                    results.append(type(module).forward(module, *given, **named))
         if len(results) == 1 or _alike(results, paths):
-            return _back(results, paths)
+            return _back(results, sequences, paths)
         # As wide as sequences are long, places in them perhaps, for layers behind to go on with: of one batch then.
         active.paths_together = True
 
@@ -89,7 +50,8 @@ def _alike(results: list[Any], paths: PathBatches) -> bool:
     """Whether results of several batches can stand one behind the other."""
     first = results[0]
     if isinstance(first, torch.Tensor):
-        return first.shape[:2] != paths.nodes[0].shape or len({result.shape[2:] for result in results}) == 1
+        of_places = first.shape[:2] == paths.batches[0].local.shape
+        return not of_places or len({result.shape[2:] for result in results}) == 1
     return type(first) not in (tuple, list) or all(_alike(list(each), paths) for each in zip(*results, strict=True))
 
 
@@ -98,27 +60,29 @@ def _config(module: torch.nn.Module) -> Any:
     return next((part.config for part in module.modules() if hasattr(part, "config")), None)
 
 
-def _along(given: Any, nodes: torch.Tensor, length: int) -> Any:
+def _along(given: Any, sequences: Sequences, length: int) -> Any:
     """An argument for a row as one for paths."""
     if isinstance(given, RowMask):
-        return given.for_sequences(*nodes.shape)
+        return given.for_sequences(*sequences.batch.local.shape)
     if isinstance(given, torch.Tensor):
-        return _tensor_along(given, nodes, length)
+        return _tensor_along(given, sequences, length)
     if type(given) in (tuple, list):
-        return type(given)(_along(each, nodes, length) for each in given)
+        return type(given)(_along(each, sequences, length) for each in given)
     if type(given) is dict:
-        return {name: _along(each, nodes, length) for name, each in given.items()}
+        return {name: _along(each, sequences, length) for name, each in given.items()}
     return given
 
 
-def _tensor_along(given: torch.Tensor, nodes: torch.Tensor, length: int) -> torch.Tensor:
-    paths, longest = nodes.shape
+def _tensor_along(given: torch.Tensor, sequences: Sequences, length: int) -> torch.Tensor:
+    batch = sequences.batch
+    paths, longest = batch.local.shape
     shape = given.shape
     if given.ndim >= 2 and shape[0] == 1 and shape[1] == length:  # [1, S, ...]: of tokens
-        return given[0][nodes]
+        return sequences.along(given[0] if len(batch.tokens) == length else read(given[0], batch.tokens))
     if given.ndim >= 2 and shape[-2:] == (length, length):  # [1, ..., S, S]: a mask
         mask = given[..., :longest, :longest]
         return mask.expand(paths, *mask.shape[1:]) if given.ndim == 4 and shape[0] == 1 else mask
+    nodes = batch.tokens[batch.local]
     if given.ndim == 4 and shape[0] == 1 and shape[2] == length:  # [1, heads or 1, S, D]: of tokens
         return given[0][:, nodes].transpose(0, 1)
     if given.ndim == 3 and shape[1] == 1 and shape[2] == length:
@@ -132,25 +96,25 @@ def _tensor_along(given: torch.Tensor, nodes: torch.Tensor, length: int) -> torc
     return given
 
 
-def _back(results: list[Any], paths: PathBatches) -> Any:
+def _back(results: list[Any], sequences: list[Sequences], paths: PathBatches) -> Any:
     """What each batch of paths gave, as one result for the row's tokens."""
     first = results[0]
     if isinstance(first, torch.Tensor):
-        nodes = paths.nodes[0]
-        if first.shape[:2] == nodes.shape:  # [P, L, ...]
-            flat = torch.cat([result.flatten(0, 1) for result in results])
-            return flat.index_select(0, paths.source)[None]
-        if first.shape[:1] == (nodes.numel(),):  # [P L, ...]: a router's, say
-            return torch.cat(results).index_select(0, paths.source)
+        places = paths.batches[0].local.shape
+        if first.shape[:2] == places:  # [P, L, ...]
+            return paths.back([own.at_tokens(x) for own, x in zip(sequences, results, strict=True)])[None]
+        if first.shape[:1] == (places.numel(),):  # [P L, ...]: a router's, say
+            return paths.back([own.at_tokens(x) for own, x in zip(paths.batches, results, strict=True)])
         # Weights of attention are nothing that a layer goes on with; what has no tokens is the same for all.
-        return None if first.ndim > 2 and first.shape[0] == len(nodes) else first
+        return None if first.ndim > 2 and first.shape[0] == places[0] else first
     if type(first) in (tuple, list):
-        return type(first)(_back(list(each), paths) for each in zip(*results, strict=True))
+        return type(first)(_back(list(each), sequences, paths) for each in zip(*results, strict=True))
     return first
 
 
 def _row_aware(stock: Callable[..., Any]) -> Callable[..., Any]:
-    # As `prepare._tree_aware`: no module in a closure.
+    # As `prepare._tree_aware`: no module in a closure. (Of a compiled layer it runs between the compiled parts.)
+    @torch.compiler.disable
     @functools.wraps(stock)
     def forward(self, *args, **kwargs):
         if (active := interface.active_row()) is not None:
@@ -175,12 +139,16 @@ def run_along_paths(modules: list[torch.nn.Module]) -> None:
             )
     for module in modules:
         module.forward = MethodType(_row_aware(type(module).forward), module)
+        # What a checkpoint within it runs again, in the backward pass, runs by itself.
+        if any(isinstance(part, GradientCheckpointingLayer) for part in module.modules()):
+            setattr(module, BY_PLACE, True)
 
 
 def restore(modules: list[torch.nn.Module]) -> None:
     """Undo `run_along_paths`."""
     for module in modules:
-        vars(module).pop("forward", None)
+        for name in ("forward", BY_PLACE):
+            vars(module).pop(name, None)
 
 
 @torch.no_grad()

@@ -179,8 +179,8 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
             prepared.rounding = verify_on_tree(prepared)
             kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
             warnings.warn(
-                f"{type(prepared.model).__name__}: {kinds} run along each path of a row, exactly but without sharing: what "
-                f"they compute of a prompt, they compute once for each response ({told or reason})",
+                f"{type(prepared.model).__name__}: {kinds} run along each path of a row, exactly, but what mixes tokens in "
+                f"them computes a prompt once for each response; products with weights are shared ({told or reason})",
                 UserWarning,
                 stacklevel=4,
             )
@@ -222,7 +222,7 @@ def prepare_model(
 
     Parts of layers that mix tokens otherwise than by attention through transformers' interface (recurrences, convolutions,
     attention code of a family's own, biases by index) run along each path of a row, as on sequences alone; a warning names
-    them, since what they compute is not shared.
+    them, since of what they compute only products with weights are shared.
 
     Args:
         model: a `PreTrainedModel` with a language-modelling head (or a sequence classifier, for rewards), or a PEFT model
@@ -232,9 +232,8 @@ def prepare_model(
         verify: run a tree of some thirty tokens through the model and compare with the stock model on each of its
             sequences alone. Takes a few short forward passes. Of a family that `docs/families.md` does not list as exact, a
             tiny random model is tried before, once for each release of transformers.
-        compile: run the decoder layers of rows under `torch.compile`, one compilation for all lengths; not those with parts
-            that run along paths. None: where that pays, on a GPU; layers that cannot be compiled then run as they are, with a
-            warning.
+        compile: run the decoder layers of rows under `torch.compile`, one compilation for all lengths. None: where that pays,
+            on a GPU; layers that cannot be compiled then run as they are, with a warning.
         activation_memory_budget: share of what a compiled layer would keep for its backward pass that it may keep, from 0 to
             1; the rest is computed again there, what takes least operations first.
 
@@ -257,7 +256,7 @@ def prepare_model(
         setattr(base, ATTRIBUTE, prepared)
         base.forward = MethodType(_tree_aware(type(base).forward), base)
     if compile or (compile is None and worth_compiling(base)):
-        compile_layers(base, compile is None, activation_memory_budget, prepared.along_paths)
+        compile_layers(base, compile is None, activation_memory_budget)
     return model
 
 

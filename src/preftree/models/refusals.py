@@ -100,10 +100,18 @@ def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
 
 def other_layer_types(config: PreTrainedConfig) -> str | None:
     """The kinds of layers that are not attention and so read a row in its order, and that they do; None without any."""
-    others = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYER_TYPES)
-    return (
-        f"layer types {', '.join(others)}: layers that are not attention read the row in its order" if others else None
-    )
+    others = ", ".join(sorted(set(_others(config))))
+    return f"layer types {others}: layers that are not attention read the row in its order" if others else None
+
+
+def number_of_others(config: PreTrainedConfig) -> int:
+    """How many layers that is."""
+    return len(_others(config))
+
+
+def _others(config: PreTrainedConfig) -> list[str]:
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    return [kind for kind in kinds if kind not in ATTENTION_LAYER_TYPES]
 
 
 def read_by_index(model: PreTrainedModel) -> str | None:
