@@ -142,6 +142,34 @@ def test_products_of_what_has_been_changed_in_place():
         torch.testing.assert_close(result, own)
 
 
+class _Product(torch.autograd.Function):
+    """As libraries of quantised weights have them: multiplies where nothing is recorded."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.flatten(0, 1).T @ x.flatten(0, 1)
+
+
+def test_products_within_autograd_functions_have_their_gradients():
+    tree = preftree.TokenTree.from_sequences([[5, 6, 7, 8], [5, 6, 9]], [1, 1])
+    (batch,) = PathBatches.of(preftree.pack([tree])[0]).batches
+    first, second = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+    tokens, weights = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    sequences = Sequences(batch, torch.nn.Identity())
+    with sequences:
+        result = sequences.at_tokens(F.linear(_Product.apply(sequences.along(tokens), first), second))
+    got = torch.autograd.grad((result * weights).sum(), (tokens, first, second))
+    right = torch.autograd.grad((tokens @ first.T @ second.T * weights).sum(), (tokens, first, second))
+    for one, other in zip(got, right, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("own", [{}, {"row_length": 64}], ids=["one-row", "several-rows"])
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("name", ["lfm2", "mamba", "falcon-alibi"])

@@ -182,7 +182,8 @@ class Sequences(TorchFunctionMode):
 
     batch: PathBatch
     module: torch.nn.Module
-    # Of a tensor of places that lives: its version, and the same of tokens.
+    # Of a tensor of places that lives: its version and what it was made by, then the same of tokens. (An autograd function
+    # that multiplies makes its result its own, with a gradient that what it multiplied does not have.)
     _known: WeakTensorKeyDictionary = field(init=False, default_factory=WeakTensorKeyDictionary)
 
     def __post_init__(self):
@@ -197,13 +198,13 @@ class Sequences(TorchFunctionMode):
     def along(self, x: torch.Tensor) -> torch.Tensor:
         """See `PathBatch.along`."""
         places = self.batch.along(x)
-        self._known[places] = places._version, x
+        self._known[places] = places._version, places.grad_fn, x
         return places
 
     def at_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Of places ``[P, L, ...]`` to tokens ``[F, ...]``: what they came from, or each token's first place."""
-        version, tokens = self._known.get(x, (None, x))
-        if x._version == version:
+        version, made_by, tokens = self._known.get(x, (None, None, x))
+        if x._version == version and x.grad_fn is made_by:
             return tokens
         return self.batch.at_tokens(x.flatten(0, 1))
 

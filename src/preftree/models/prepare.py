@@ -110,6 +110,7 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
     implementation = base.config._attn_implementation
     try:
         _check(base, verify)
+        _keep_gradients(base)
         prepared = PreparedModel(base, backend)
         base.set_attn_implementation(
             interface.OVER_EAGER if _serves_eagerly(base, implementation) else interface.OVER_SDPA
@@ -142,6 +143,16 @@ def _check(base: PreTrainedModel, verify: bool) -> None:
     for argument in ("input_ids", "attention_mask"):
         if not takes(base, argument):
             raise NotImplementedError(f"its forward pass takes no {argument}, which a row is given by")
+
+
+def _keep_gradients(base: PreTrainedModel) -> None:
+    """Keep bitsandbytes' 4-bit layers from packing their weights anew at the first evaluation on some CPUs.
+
+    What they compute from such weights has no gradient, even when training goes on, and without a word.
+    """
+    for module in base.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:

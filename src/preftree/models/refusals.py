@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -90,12 +91,23 @@ def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
             "SDPA has no soft cap, so the stock model itself computes something else; load it with "
             "attn_implementation='eager'"
         )
+    if (threshold := _outlier_threshold(model)) > 0:
+        return f"llm_int8_threshold={threshold}", (
+            "which columns of activations are kept in half precision depends on all tokens of a batch: a sequence's "
+            "numbers are others alone than next to others, in the stock model too. Load it with llm_int8_threshold=0.0"
+        )
     for name, attribute, probability in active_dropout(model):
         return (
             f"dropout ({name or 'model'}.{attribute} = {probability})",
             "a shared prefix would get one dropout mask where separate sequences get several; set it to 0",
         )
     return None
+
+
+def _outlier_threshold(model: PreTrainedModel) -> float:
+    """Above which LLM.int8() (arXiv 2208.07339, section 3.2) keeps columns of activations apart; 0 if it does not."""
+    settings: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return float(settings.llm_int8_threshold) if getattr(settings, "load_in_8bit", False) else 0.0
 
 
 def other_layer_types(config: PreTrainedConfig) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig
 
 from preftree.trainers.groups import PAIR_WEIGHTS, SEQUENCES, Layout
@@ -383,10 +384,17 @@ def check_tokenised(dataset: Dataset | IterableDataset, check: ExampleCheck) -> 
 def check_weights(model: torch.nn.Module, name: str) -> None:
     """Raise `ValueError` naming the first parameter that holds a value which is not finite."""
     for parameter_name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point():
-            continue
-        if not bool(torch.isfinite(parameter.detach()).all()):
+        if not all(bool(torch.isfinite(x).all()) for x in _numbers(parameter.detach())):
             raise ValueError(f"{name}: parameter {parameter_name!r} holds NaN or infinity: the weights are damaged")
+
+
+def _numbers(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The floating-point numbers that a tensor is made of: of a quantised one its scales."""
+    if is_traceable_wrapper_subclass(x):
+        for name in x.__tensor_flatten__()[0]:
+            yield from _numbers(getattr(x, name))
+    elif x.is_floating_point() and not x.is_meta:
+        yield x
 
 
 def vocabulary_of(model: Any, args: Any) -> int:
