@@ -152,9 +152,9 @@ def test_noise_on_embeddings_is_refused(model_path, tmp_path):
         make(model_path, text_pairs(4), tmp_path, neftune_noise_alpha=5.0)
 
 
-def test_images_are_refused(model_path, tmp_path):
+def test_images_need_a_processor(model_path, tmp_path):
     pairs = [pair | {"image": "x"} for pair in text_pairs(2)]
-    with pytest.raises(NotImplementedError, match="images are not supported"):
+    with pytest.raises(ValueError, match=r"it has images, but processing_class is .*: pass the processor"):
         make(model_path, pairs, tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from preftree.images import PromptImages
 from preftree.logprobs import SequenceLogps, sequence_logps
 from preftree.models import prepare_model
 from preftree.packing import PackedRow, pack
@@ -35,6 +36,7 @@ __all__ = [
     "ORPOTrainer",
     "PackedRow",
     "PrefixSharing",
+    "PromptImages",
     "RewardConfig",
     "RewardTrainer",
     "SequenceLogps",

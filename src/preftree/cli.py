@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import trl
 from datasets import load_dataset
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from preftree import data, families, plan, report
 from preftree.packing import pack
 from preftree.plot import draw_lengths, lengths_as_text
+from preftree.trainers.checks import IMAGE_COLUMNS, columns_of
 from preftree.trainers.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig, TPOConfig
 from preftree.trainers.cpo import CPOTrainer
 from preftree.trainers.dpo import DPOTrainer
@@ -133,16 +134,23 @@ def _load_datasets(script: Any, args: Any, mixture: Any, chat_template: bool, me
     return train, load(script.dataset_name, script.dataset_test_split, only=False)
 
 
-def _tokenizer(script: Any, args: Any, model_args: trl.ModelConfig) -> Any:
+def _processing_class(kind: Any, script: Any, args: Any, model_args: trl.ModelConfig) -> Any:
+    """The model's tokenizer or processor, as `AutoTokenizer` or `AutoProcessor` loads it."""
     if not model_args.model_name_or_path:
         raise ValueError("no model: give --model_name_or_path")
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = kind.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
     path = getattr(script, "chat_template_path", None) or getattr(args, "chat_template_path", None)
     if path and Path(path).is_file():
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     return tokenizer
+
+
+def _config(args: Any, model_args: Any) -> Any:
+    return AutoConfig.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
 
 
 class _Progress(ProgressCallback):
@@ -215,8 +223,12 @@ def run(command: str, argv: Sequence[str]) -> Any:
         "dtype": model_args.dtype,
     }
     args.model_init_kwargs = loading | (args.model_init_kwargs or {})
-    tokenizer = _tokenizer(script, args, model_args)
-    train, held_out = _load_datasets(script, args, mixture, tokenizer.chat_template is not None, method)
+    processing_class = _processing_class(AutoTokenizer, script, args, model_args)
+    # A vision-language model's template may be its processor's alone.
+    has_template = processing_class.chat_template is not None or hasattr(_config(args, model_args), "vision_config")
+    train, held_out = _load_datasets(script, args, mixture, has_template, method)
+    if any(name in IMAGE_COLUMNS for name in columns_of(train)):
+        processing_class = _processing_class(AutoProcessor, script, args, model_args)
     resume = _checkpoint(args)
     interrupt = _Interrupt()
     quantization = trl.get_quantization_config(model_args)
@@ -225,7 +237,7 @@ def run(command: str, argv: Sequence[str]) -> Any:
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
-        processing_class=tokenizer,
+        processing_class=processing_class,
         peft_config=trl.get_peft_config(model_args),
         callbacks=[interrupt],
         **({} if quantization is None else {"quantization_config": quantization}),
@@ -297,10 +309,8 @@ def _checkpoint(args: Any) -> str | None:
 def _plan(command: str, argv: Sequence[str]) -> int:
     method = METHODS["dpo"]
     script, args, model_args, mixture = _parse(command, PlanArguments, method, argv)
-    tokenizer = _tokenizer(script, args, model_args)
-    config = AutoConfig.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    tokenizer = _processing_class(AutoTokenizer, script, args, model_args)
+    config = _config(args, model_args)
     train, _ = _load_datasets(script, args, mixture, tokenizer.chat_template is not None, method)
     row_length, args.row_length = args.given_row_length, None
     dataset = DPOTrainer.tokenize(train, tokenizer, args, config.get_text_config().vocab_size)

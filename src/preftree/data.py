@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetInfo
 
-from preftree.trainers.checks import check_columns, check_example
+from preftree.trainers.checks import IMAGE_COLUMNS, check_columns, check_example
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # What trainers read besides text; other columns are left out, whatever they hold.
@@ -25,8 +25,7 @@ COLUMNS = (
     "margin",
     "tools",
     "chat_template_kwargs",
-    "image",
-    "images",
+    *IMAGE_COLUMNS,
 )
 _TEXT = ("prompt", "chosen", "rejected", "reference", "completion")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -99,6 +98,7 @@ def load_pairs(
         names = ("prompt", *fields, *COLUMNS)
         row = {name: row.get(name) for name in names if row.get(name) is not None or name in fields}
         check_example(row, where, chat_template, fields, ties)
+        row |= {name: _found(row[name], path.parent) for name in IMAGE_COLUMNS if name in row}
         for name in ("prompt", *fields):
             kind = type(row.get(name))
             if kinds.setdefault(name, kind) is not kind:
@@ -114,6 +114,17 @@ def load_pairs(
     # Later messages about a row name the file by this.
     dataset.info.update(DatasetInfo(dataset_name=str(path)))
     return dataset
+
+
+def _found(image: Any, folder: Path) -> Any:
+    """An image, or images: a path, or ``{"bytes", "path"}``. Relative paths count from the data's folder."""
+    if isinstance(image, list):
+        return [_found(each, folder) for each in image]
+    if isinstance(image, str) and "://" not in image:
+        return str(folder / image)
+    if isinstance(image, dict) and image.get("bytes") is None and image.get("path") is not None:
+        return {**image, "path": _found(image["path"], folder)}
+    return image
 
 
 def _described(kind: type) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from preftree.images import Images
 from preftree.transfer import is_on, send
 from preftree.tree import TokenTree
 
@@ -49,6 +50,7 @@ class PackedRow:
         num_tokens: tokens that are not padding.
         runs: the row's unbranched runs in order, ``(start, stop, index of the run before it or -1)``; a tuple on the
             host, for backends that work run by run.
+        images: of the row's sequences, or None.
         derived: what backends have made from the row (block lists, plans), kept for its next forward pass.
     """
 
@@ -70,6 +72,7 @@ class PackedRow:
     node_counts: torch.Tensor
     num_tokens: int
     runs: tuple[tuple[int, int, int], ...]
+    images: Images | None = None
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -106,22 +109,43 @@ class PackedRow:
         """
         if is_on(self.device, device):
             return self
-        return self.with_tensors(send(list(self.tensors.values()), device))
+        return self.with_tensors(send(self.tensors, device))
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The row's tensors by the names of their fields."""
+    def _by_name(self) -> dict[str, torch.Tensor]:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The row's tensors, its images' included."""
+        return [*self._by_name.values(), *([] if self.images is None else self.images.tensors)]
+
     def with_tensors(self, tensors: Iterable[torch.Tensor]) -> PackedRow:
         """The same row with others in place of `tensors`, in their order."""
-        others: dict[str, Any] = dict(zip(self.tensors, tensors, strict=True))
-        return replace(self, **others, derived={})
+        given = iter(tensors)
+        others: dict[str, Any] = {name: next(given) for name in self._by_name}
+        images = None if self.images is None else self.images.with_tensors(given)
+        return replace(self, **others, images=images, derived={})
+
+    def path(self, sequence: int) -> torch.Tensor:
+        """LongTensor ``[L]``: the nodes of one of the row's sequences (asks a GPU for their number)."""
+        node, last = torch.arange(len(self), device=self.device), self.last_nodes[sequence]
+        return ((node <= last) & (last < self.end)).nonzero().squeeze(1)
+
+    def without_sequences(self) -> PackedRow:
+        """The same tokens and images, of which nothing is scored."""
+        kept = {"input_ids", "position_ids", "end", "parent"}
+        none: dict[str, Any] = {name: tensor[:0] for name, tensor in self._by_name.items() if name not in kept}
+        none["node_counts"] = torch.zeros_like(self.node_counts)
+        images = self.images
+        if images is not None:
+            images = Images(images.sets, [], images.token_inputs)
+        return replace(self, **none, longest_scored=0, images=images, derived={})
 
     def pin_memory(self) -> PackedRow:
         """The same row in page-locked memory (a `DataLoader` calls this with ``pin_memory=True``)."""
-        return self.with_tensors(tensor.pin_memory() for tensor in self.tensors.values())
+        return self.with_tensors(tensor.pin_memory() for tensor in self.tensors)
 
     def __repr__(self) -> str:
         saved = self.num_unshared_tokens / max(self.num_tokens, 1)
@@ -299,8 +323,24 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
         read_index=read_index,
         node_counts=node_counts,
         num_tokens=start,
+        images=_images_of(trees, row_length),
         runs=_runs(end[:start], parent[:start]),
     )
+
+
+def _images_of(trees: list[TokenTree], row_length: int) -> Images | None:
+    """The images of trees that stand one behind the other in a row."""
+    images = Images([], [], {})
+    start = 0
+    for tree in trees:
+        own = tree.images or Images([], [-1] * tree.num_sequences, {})
+        images.set_of += [place + len(images.sets) if place >= 0 else -1 for place in own.set_of]
+        images.sets += own.sets
+        for name, values in own.token_inputs.items():
+            whole = images.token_inputs.setdefault(name, torch.zeros(row_length, dtype=torch.long))
+            whole[start : start + len(tree)] = values
+        start += len(tree)
+    return images if images.sets else None
 
 
 def _runs(end: torch.Tensor, parent: torch.Tensor) -> tuple[tuple[int, int, int], ...]:

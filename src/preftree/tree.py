@@ -15,6 +15,8 @@ from typing import SupportsIndex
 import numpy as np
 import torch
 
+from preftree.images import Images, PromptImages
+
 
 def _token_array(sequence: Sequence[int], index: int) -> np.ndarray:
     """``sequence`` as int64 ``[L]``; raises `ValueError` naming the sequence if it is no list of token ids."""
@@ -61,6 +63,7 @@ class TokenTree:
         paths: for each of the ``n`` sequences, LongTensor ``[L_i]`` of its nodes, from the first token to the last.
         prompt_lengths: LongTensor ``[n]``, how many leading tokens of each sequence are not scored.
         multiplicities: LongTensor ``[n]``, how often each sequence counts in sums over the tokens of all sequences.
+        images: of the sequences' prompts, or None.
 
     Several roots are allowed: sequences that do not even share the first token form a forest.
     """
@@ -72,6 +75,7 @@ class TokenTree:
     paths: list[torch.Tensor]
     prompt_lengths: torch.Tensor
     multiplicities: torch.Tensor
+    images: Images | None = None
 
     @classmethod
     def from_sequences(
@@ -79,6 +83,7 @@ class TokenTree:
         sequences: Sequence[Sequence[int]],
         prompt_lengths: Sequence[int],
         multiplicities: Sequence[int] | None = None,
+        images: PromptImages | None = None,
     ) -> TokenTree:
         """Merge token sequences that start alike.
 
@@ -90,10 +95,12 @@ class TokenTree:
                 very first token has nothing before it to predict it and is never scored, even for prompt length 0.
             multiplicities: ``n`` integers, how often each sequence counts in sums over the tokens of all sequences (a
                 response that stands in three pairs counts three times); 1 where they are not given.
+            images: what all sequences begin with, beside their tokens. Ids cannot tell one image from another: sequences
+                with other images belong into another tree.
 
         Raises:
-            ValueError: for an empty sequence, ids that are no integers or negative, or prompt lengths or multiplicities
-                that do not fit.
+            ValueError: for an empty sequence, ids that are no integers or negative, prompt lengths or multiplicities that
+                do not fit, or sequences that do not share the images' tokens.
         """
         arrays = [_token_array(sequence, index) for index, sequence in enumerate(sequences)]
         if not arrays:
@@ -111,6 +118,9 @@ class TokenTree:
             multiplicities = [1] * len(arrays)
         if len(multiplicities) != len(arrays) or min(multiplicities) < 0:
             raise ValueError(f"multiplicities must be {len(arrays)} numbers of at least 0, got {list(multiplicities)}")
+
+        if images is not None:
+            _check_shared(arrays, images.length)
 
         tokens: list[np.ndarray] = []
         positions: list[np.ndarray] = []
@@ -149,6 +159,7 @@ class TokenTree:
             children = _group_by_token(arrays, longer, stop)
             stack.extend((child, stop, size - 1) for child in reversed(children))
         return cls(
+            images=None if images is None else _on_nodes(images, size, len(arrays)),
             input_ids=torch.from_numpy(np.concatenate(tokens)),
             position_ids=torch.from_numpy(np.concatenate(positions)),
             end=torch.from_numpy(np.concatenate(ends)),
@@ -180,7 +191,15 @@ class TokenTree:
         start = starts.repeat_interleave(lengths)
         node = torch.arange(nodes.numel())
         stretches = node.split(lengths.tolist())
+        images = self.images
+        if images is not None:
+            images = Images(
+                [images.sets[images.set_of[index]] for index in own],
+                [place[index] for index in range(len(counts))],
+                {name: values[nodes] for name, values in images.token_inputs.items()},
+            )
         return TokenTree(
+            images=images,
             input_ids=self.input_ids[nodes],
             position_ids=node - start,
             end=start + lengths.repeat_interleave(lengths),
@@ -213,3 +232,20 @@ def _group_by_token(arrays: list[np.ndarray], members: Sequence[int], depth: int
     for member in members:
         groups.setdefault(int(arrays[member][depth]), []).append(member)
     return list(groups.values())
+
+
+def _check_shared(arrays: list[np.ndarray], length: int) -> None:
+    """Raise `ValueError` unless all sequences begin with the same ``length`` tokens, those of their images."""
+    for index, array in enumerate(arrays):
+        if len(array) < length:
+            raise ValueError(f"sequence {index} has {len(array)} tokens: its images' tokens end at {length}")
+        if _common_prefix(arrays[0], array, 0) < length:
+            raise ValueError(f"sequence {index} differs from sequence 0 before token {length}, where their images end")
+
+
+def _on_nodes(images: PromptImages, size: int, sequences: int) -> Images:
+    """Images of all of a tree's sequences, whose tokens are its first nodes."""
+    pad = torch.nn.functional.pad
+    behind = size - images.length
+    token_inputs = {name: pad(values, (0, behind)) for name, values in images.token_inputs.items()}
+    return Images([images.inputs], [0] * sequences, token_inputs)

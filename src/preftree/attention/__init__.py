@@ -62,13 +62,14 @@ def choose_backend(name: str, layer: Layer, row: PackedRow) -> str:
             raise NotImplementedError(f"backend {name!r} cannot serve this layer: {reason}. Use 'auto'")
         return name
     if layer.device != "cuda":
-        return "varlen"
+        return "varlen" if varlen.refusal(layer) is None else "dense"
     # In a tie the first is taken: paths round gradients twice where heads are not grouped. FlexAttention, which compiles for
     # each length of rows, is seldom faster than flash and never by much.
     candidates = ("flash", "varlen") if flash.refusal(layer) is None else ("varlen", "flex")
     able = [backend for backend in candidates if BACKENDS[backend].refusal(layer) is None]
-    if able == ["varlen"]:
+    if able in ([], ["varlen"]):
         _warn_of_fallback(layer)
+    able = able or ["dense"]
     chosen = cost.fastest(able, layer, row)
     return "varlen" if chosen == "flash" and not flash.works(layer, row.device) else chosen
 
@@ -94,7 +95,7 @@ def _warn_of_fallback(layer: Layer) -> None:
     if reasons not in _warned:
         _warned.add(reasons)
         warnings.warn(
-            f"no kernel for trees can serve this layer, attention goes path by path through torch ({reasons})",
+            f"no kernel for trees can serve this layer, torch computes its attention ({reasons})",
             stacklevel=2,
         )
 

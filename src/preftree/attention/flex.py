@@ -55,6 +55,12 @@ def block_mask(row: PackedRow, rule: Rule, block: int = BLOCK) -> BlockMask:
 
         def mask_mod(batch, head, query, key):
             return (key <= query) & (query < end[key]) & (position_ids[key] >= lowest[query])
+    elif (nodes := rule.nodes) is not None:
+
+        def mask_mod(batch, head, query, key):
+            below = (key <= query) & (query < end[key])
+            above = (query <= key) & (key < end[query])
+            return (below | above) & nodes(batch, head, query, key)
     else:
 
         def mask_mod(batch, head, query, key):

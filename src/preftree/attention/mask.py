@@ -26,6 +26,8 @@ class Rule:
         window: the rule is causal and a query sees this many positions, its own included; or None.
         chunk: the rule is causal within chunks of this many positions, counted from 0; or None.
         reach: keys this many positions back or more are never visible, or None. Known for more rules than the others.
+        nodes: the rule asked about nodes of the row that it was made for, in place of positions: one that depends on what
+            the tokens are (image tokens that see each other in both directions). None for all others.
     """
 
     function: MaskFunction
@@ -33,6 +35,7 @@ class Rule:
     window: int | None = None
     chunk: int | None = None
     reach: int | None = None
+    nodes: MaskFunction | None = None
 
     @property
     def known(self) -> bool:
@@ -75,9 +78,15 @@ def chunks(chunk: int) -> Rule:
 
 
 def visible_nodes(row: PackedRow, rule: Rule = CAUSAL) -> torch.Tensor:
-    """The specification: bool ``[S, S]``, query ``q`` by key ``k``, ``k <= q < end[k]`` and the family's rule."""
+    """The specification: bool ``[S, S]``, query ``q`` by key ``k``, ``k <= q < end[k]`` and the family's rule.
+
+    Under a rule that knows nodes (`Rule.nodes`) a key may also lie behind the query: on one path with it either way.
+    """
     node = torch.arange(len(row), device=row.device)
     visible = (node[None, :] <= node[:, None]) & (node[:, None] < row.end[None, :])
+    if rule.nodes is not None:
+        zero = node.new_zeros((1, 1))
+        return (visible | visible.T) & rule.nodes(zero, zero, node[:, None], node[None, :])
     return visible if rule.causal else visible & rule(row.position_ids, row.position_ids)
 
 
@@ -116,6 +125,8 @@ def visible_blocks(
         return some, everything
     position_min, position_max = _extremes(row.position_ids, key_block)
     if not rule.known:
+        if rule.nodes is not None:
+            some |= visible_blocks(row, CAUSAL, key_block, query_block)[0].T
         if rule.reach is not None:
             nearest, _ = _extremes(row.position_ids, query_block)
             some &= nearest[:, None] - position_max < rule.reach

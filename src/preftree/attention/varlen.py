@@ -24,7 +24,9 @@ from preftree.packing import PackedRow
 
 
 def refusal(layer: Layer) -> str | None:
-    """None: without a kernel for a layer, blocks go through scaled dot-product attention one by one."""
+    """Why this backend cannot serve a layer, or None: where there is no kernel for it, blocks go one by one through torch."""
+    if layer.rule.nodes is not None:
+        return "the family lets tokens (an image's) attend to tokens behind them, which path by path none does"
     return None
 
 

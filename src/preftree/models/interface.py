@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import (
+    and_masks,
     causal_mask_function,
     chunked_overlay,
     eager_mask,
+    or_masks,
     sdpa_mask,
     sliding_window_causal_mask_function,
     sliding_window_overlay,
@@ -33,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from preftree.attention import Rule, Scores, TreeAttention, as_autocast, may_use_flex
 from preftree.attention.passes import Gradients
 from preftree.models import operator
+from preftree.models.replaced import hooked
 from preftree.packing import PackedRow
 
 # The name says which function serves ordinary batches. Names that contain "flash", "sdpa" or "flex_attention" would
@@ -134,6 +137,23 @@ def no_row() -> AbstractContextManager[None]:
     return resumed(None)
 
 
+def outside_of_rows(modules: Iterable[torch.nn.Module]) -> AbstractContextManager[None]:
+    """While inside, forward passes of these modules are ordinary ones: what they compute (images) is no row."""
+    left: list[Any] = []
+
+    def leave(module: torch.nn.Module, args: tuple) -> None:
+        left.append(_active_row.set(None))
+
+    def come_back(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        _active_row.reset(left.pop())
+
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(leave))
+        handles.append(module.register_forward_hook(come_back, always_call=True))
+    return hooked(handles)
+
+
 class KeysReached(Exception):  # noqa: N818
     """A layer's keys and values: nothing behind them is needed."""
 
@@ -166,12 +186,20 @@ class RowMask:
 
     def __post_init__(self):
         self.active.masks.append(self)
-        if not may_use_flex(self.active.backend, self.active.row.device):
+        # (What knows tokens is FlexAttention's where there is a GPU.)
+        if not self._knows_tokens and not may_use_flex(self.active.backend, self.active.row.device):
             self.handle = operator.register(self, self.active.row.device)
+
+    @property
+    def _knows_tokens(self) -> bool:
+        attend = self.attend if isinstance(self.attend, TreeAttention) else getattr(self.attend, "attend", None)
+        return isinstance(attend, TreeAttention) and attend.rule.nodes is not None
 
     def for_sequences(self, count: int, length: int) -> torch.Tensor | None:
         """The mask that the stock model makes for sequences ``[count, length]`` (None where it makes none)."""
         if length not in self.by_length:
+            if self._knows_tokens:
+                raise NotImplementedError("its mask knows of a row's tokens (an image's), which a path's are not")
             # One for all: a family's rule may know of each sequence of the batch that it was made for, here one row.
             sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0}
             made = None if self.stock is None else self.stock(**(sizes | {"attention_mask": None}))
@@ -217,8 +245,8 @@ class RowMask:
             )
 
 
-def _rule(mask_function: Callable[..., Any], local_size: int | None) -> Rule:
-    """What a family's mask function hides, as far as it is one that transformers makes.
+def _rule(mask_function: Callable[..., Any], local_size: int | None, row: PackedRow | None = None) -> Rule:
+    """What a family's mask function for a row hides, as far as it is one that transformers makes.
 
     Those are told by their code, and their size by what it closes over; left padding, which moves chunks, is none in a row.
     """
@@ -228,8 +256,38 @@ def _rule(mask_function: Callable[..., Any], local_size: int | None) -> Rule:
     if len(parts) == 2 and parts[1] is causal_mask_function:
         window = _closed_over(parts[0], sliding_window_overlay(1)).get("sliding_window")
         chunk = _closed_over(parts[0], chunked_overlay(1, torch.zeros(1))).get("chunk_size")
-        return Rule(mask_function, window=window, chunk=chunk, reach=local_size)
+        if window is not None or chunk is not None:
+            return Rule(mask_function, window=window, chunk=chunk, reach=local_size)
+    if row is not None and _knows_tokens(mask_function, len(row)):
+        return Rule(mask_function, reach=local_size, nodes=_over_nodes(mask_function, row))
     return Rule(mask_function, reach=local_size)
+
+
+def _parts(mask_function: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Callable[..., Any], ...]] | None:
+    """What a mask function has been combined by, and of which others; None of one that has not."""
+    for combine in (and_masks, or_masks):
+        if parts := _closed_over(mask_function, combine()).get("mask_functions"):
+            return combine, parts
+    return None
+
+
+def _knows_tokens(mask_function: Callable[..., Any], length: int) -> bool:
+    """Whether it, or a part of it, holds something for each of a row's tokens, which it looks up by index."""
+    if (combined := _parts(mask_function)) is not None:
+        return any(_knows_tokens(part, length) for part in combined[1])
+    held = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    return any(isinstance(each, torch.Tensor) and each.ndim == 2 and each.shape[1] == length for each in held)
+
+
+def _over_nodes(mask_function: Callable[..., Any], row: PackedRow) -> Callable[..., Any]:
+    """The same asked about a row's nodes: parts that hold something for each token as they are, others about positions."""
+    if (combined := _parts(mask_function)) is not None:
+        combine, parts = combined
+        return combine(*(_over_nodes(part, row) for part in parts))
+    if _knows_tokens(mask_function, len(row)):
+        return mask_function
+    positions = row.position_ids
+    return lambda batch, head, query, key: mask_function(batch, head, positions[query], positions[key])
 
 
 def _closed_over(function: Callable, like: Callable) -> dict[str, Any]:
@@ -247,7 +305,7 @@ def _tree_mask(fallback):
         active = _active_row.get()
         if active is None:
             return fallback(*args, mask_function=mask_function, local_size=local_size, **kwargs)
-        attend = TreeAttention(active.row, _rule(mask_function, local_size), active.backend)
+        attend = TreeAttention(active.row, _rule(mask_function, local_size, active.row), active.backend)
         stock = functools.partial(fallback, *args, mask_function=mask_function, local_size=local_size, **kwargs)
         return RowMask(active, attend, stock=stock)
 

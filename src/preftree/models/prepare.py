@@ -20,7 +20,14 @@ from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepa
 from preftree.models.refusals import find_refusal, other_layer_types, read_by_index
 from preftree.models.replaced import in_evaluation
 from preftree.models.twins import is_twin, twin_of
-from preftree.models.verify import cut_last_layer, first_position, small_batch, small_row, verify_on_tree
+from preftree.models.verify import (
+    cut_last_layer,
+    first_position,
+    small_batch,
+    small_row,
+    verify_images,
+    verify_on_tree,
+)
 from preftree.packing import PackedRow
 
 # Of a model that tree attention is under: an `_Attached`.
@@ -116,6 +123,7 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
             interface.OVER_EAGER if _serves_eagerly(base, implementation) else interface.OVER_SDPA
         )
         _follow_the_tree(prepared, verify)
+        prepared.try_images = verify_images if verify else None
     except Exception as error:
         _restore_attention(base, implementation)
         if isinstance(error, NotImplementedError):
@@ -242,7 +250,8 @@ def prepare_model(
             "flex" FlexAttention (GPU), "varlen" goes path by path, "dense" is the specification.
         verify: run a tree of some thirty tokens through the model and compare with the stock model on each of its
             sequences alone. Takes a few short forward passes. Of a family that `docs/families.md` does not list as exact, a
-            tiny random model is tried before, once for each release of transformers.
+            tiny random model is tried before, once for each release of transformers. Images are tried on the first row that
+            holds some, in the same way.
         compile: run the decoder layers of rows under `torch.compile`, one compilation for all lengths. None: where that pays,
             on a GPU; layers that cannot be compiled then run as they are, with a warning.
         activation_memory_budget: share of what a compiled layer would keep for its backward pass that it may keep, from 0 to

@@ -36,6 +36,9 @@ class PreparedModel:
         takes_positions: whether the backbone is told where tokens stand.
         position_embeddings: of a backbone that is not, those that can be.
         first_position: what the stock model counts from (RoBERTa: from behind its padding token's).
+        decoder: the backbone, or of one that also looks at images, its part that does not.
+        try_images: called with the first row that holds images, to raise what `verify.verify_images` raises; then None.
+        cuts_with_images: `last_layer_at_tokens` of rows with images.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str):
@@ -45,6 +48,7 @@ class PreparedModel:
         self.stock_forward: Callable[..., Any] = MethodType(type(model).forward, model)
         self.plain_forward = self._forward_now()
         self.backbone = _find_backbone(model)
+        self.decoder = _decoder_of(model, self.backbone)
         self.attention_layers = _num_layers(model)
         self.rounding: float | None = None
         self.last_layer_at_tokens = False
@@ -58,6 +62,8 @@ class PreparedModel:
             if not self.takes_positions and isinstance(part, torch.nn.Embedding) and takes(part, "position_ids")
         ]
         self.first_position = 0
+        self.try_images: Callable[[PreparedModel, PackedRow], None] | None = None
+        self.cuts_with_images = True
 
     def _forward_now(self) -> Callable[..., Any]:
         """What others (TRL, accelerate) may have put in the stock forward pass's place on this instance."""
@@ -79,8 +85,8 @@ class PreparedModel:
 
     @property
     def layers(self) -> torch.nn.ModuleList | None:
-        """The backbone's decoder layers, if it has a list of them."""
-        lists = (part for part in self.backbone.modules() if isinstance(part, torch.nn.ModuleList))
+        """The decoder's layers, if it has a list of them."""
+        lists = (part for part in self.decoder.modules() if isinstance(part, torch.nn.ModuleList))
         return next((part for part in lists if len(part) == self.attention_layers), None)
 
     @property
@@ -116,10 +122,14 @@ class PreparedModel:
             wanted: LongTensor ``[N]``, the tokens that hidden states are given for, each once; None for all of them.
 
         Raises:
-            NotImplementedError: if a layer does not attend through the tree.
-            ValueError: for a padding token within a sequence, if the family counts no position for it.
+            NotImplementedError: if a layer does not attend through the tree, or the model is not exact on the row's images.
+            ValueError: for a padding token within a sequence, if the family counts no position for it, and for images that
+                cannot be put together.
         """
         device = row.device
+        if row.images is not None:
+            self._try_images(row)
+            options = row.images.inputs | options
         positions = self._positions(row) if position_ids is None else position_ids
         # What routers say is asked of all tokens; and without any token, the last layer's weights would see no gradient.
         cut = (
@@ -127,11 +137,13 @@ class PreparedModel:
             and wanted is not None
             and wanted.numel()
             and "output_router_logits" not in options
+            and (row.images is None or self.cuts_with_images)
         )
         with (
             interface.activate(row, self.backend, self.contiguous, wanted if cut else None) as active,
             adding_where_they_lie(self.model.get_input_embeddings()),
-            mixers.in_checkpoints(self.model, active) if self.along_paths else nullcontext(),
+            interface.outside_of_rows(self._beside_the_decoder if row.images is not None else ()),
+            mixers.in_checkpoints(self.decoder, active) if self.along_paths else nullcontext(),
             _embedded_at(self.position_embeddings, positions),
         ):
             active.paths_together = self.paths_together
@@ -139,7 +151,11 @@ class PreparedModel:
                 input_ids=row.input_ids[None],
                 attention_mask=torch.ones(1, len(row), dtype=torch.long, device=device),
                 use_cache=False,
-                **({"position_ids": positions[None]} if self.takes_positions else {}),
+                **(
+                    {"position_ids": positions if positions.ndim > 1 else positions[None]}
+                    if self.takes_positions
+                    else {}
+                ),
                 **options,
             )
             # Compiled layers find their masks by number: whoever can go back to these hidden states keeps them.
@@ -155,8 +171,30 @@ class PreparedModel:
             )
         return output
 
+    def _try_images(self, row: PackedRow) -> None:
+        if (check := self.try_images) is None:
+            return
+        self.try_images = None  # runs the row itself
+        try:
+            check(self, row)
+        except BaseException:
+            self.try_images = check
+            raise
+
+    @property
+    def _beside_the_decoder(self) -> list[torch.nn.Module]:
+        """The backbone's other parts: those that look at images."""
+        return [part for part in self.backbone.children() if self.decoder not in set(part.modules())]
+
     def _positions(self, row: PackedRow) -> torch.Tensor:
-        """Where the stock model places the tokens of each of the row's sequences."""
+        """Where the stock model places the tokens of each of the row's sequences, ``[S]``, or ``[..., 1, S]`` if it counts
+        images otherwise than text."""
+        if row.images is not None and self.decoder is not self.backbone:
+            key = ("positions", type(self.backbone))  # policy and reference place them alike
+            if key not in row.derived:
+                row.derived[key] = self._image_positions(row)
+            if (positions := row.derived[key]) is not None:
+                return positions
         if not self.first_position:
             return row.position_ids
         uncounted = self.model.config.get_text_config().pad_token_id
@@ -165,6 +203,48 @@ class PreparedModel:
                 f"a sequence holds the padding token {uncounted}, which {type(self.model).__name__} counts no position for"
             )
         return row.position_ids + self.first_position
+
+    @torch.no_grad()
+    def _image_positions(self, row: PackedRow) -> torch.Tensor | None:
+        """Positions by the backbone's own code, which makes them for each sequence alone; None if it leaves that to the
+        decoder, which counts tokens.
+
+        Raises:
+            NotImplementedError: if sequences place a token that they share at different positions.
+        """
+        images = row.images
+        placed: torch.Tensor | None = None
+        conflict = torch.zeros((), dtype=torch.bool, device=row.device)
+        seen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
+        for sequence, place in enumerate(images.set_of if images is not None else ()):
+            if images is None or place < 0:
+                continue
+            nodes = row.path(sequence)
+            given = self._given_to_decoder(row.input_ids[nodes][None], images.alone(sequence, nodes))
+            if given is None:
+                return None
+            if placed is None:
+                placed = row.position_ids.expand(*given.shape[:-1], -1).clone()
+            conflict |= ((placed[..., nodes] != given) & seen[nodes]).any()
+            placed[..., nodes] = given
+            seen[nodes] = True
+        if bool(conflict):
+            raise NotImplementedError("it places a token that sequences share otherwise in one of them than in another")
+        return placed
+
+    def _given_to_decoder(self, ids: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The positions that the backbone hands to its decoder for a sequence ``[1, L]`` with images, or None."""
+        given: list[torch.Tensor | None] = []
+
+        def decode(*args: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None = None, **kwargs: Any):
+            given.append(position_ids)
+            return _HiddenStates(last_hidden_state=inputs_embeds)
+
+        # How large images are is enough for that: what is in them is left out, so that nothing looks at it.
+        sizes = {name: value for name, value in inputs.items() if not value.is_floating_point()}
+        with interface.no_row(), forward_replaced(self.decoder, decode):
+            self.backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **sizes)
+        return given[0]
 
     def router_logits(self, output: Any) -> tuple[torch.Tensor, ...]:
         """What the routers of a mixture of experts gave in ``run(row, output_router_logits=True)``: ``[S, experts]`` each.
@@ -256,6 +336,13 @@ def _find_backbone(model: PreTrainedModel) -> torch.nn.Module:
         if candidate in called:
             return candidate
     raise NotImplementedError("no part of its forward pass can be told apart as the backbone before the output head")
+
+
+def _decoder_of(model: PreTrainedModel, backbone: torch.nn.Module) -> torch.nn.Module:
+    """The part of a backbone that runs on embeddings of tokens, those of images among them; without one, the backbone."""
+    decoder = model.get_decoder()
+    inside = isinstance(decoder, torch.nn.Module) and any(part is decoder for part in backbone.modules())
+    return decoder if inside else backbone
 
 
 def below_peft(model: Any) -> Any:

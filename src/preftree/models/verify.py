@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from preftree.models import interface
 from preftree.models.interface import as_stock
 from preftree.models.last_layer import add_last_layer_hook
-from preftree.models.prepared import PreparedModel
+from preftree.models.prepared import PreparedModel, takes
 from preftree.models.replaced import hooked, in_evaluation
 from preftree.packing import PackedRow, pack
 from preftree.tree import TokenTree
@@ -146,6 +147,58 @@ def verify_on_tree(prepared: PreparedModel) -> float:
 
 
 @torch.no_grad()
+def verify_images(prepared: PreparedModel, row: PackedRow) -> None:
+    """Compare hidden states of a row with images with the stock model's on some of its sequences alone, with their images.
+
+    The first two sequences with images are tried, which are of one prompt, and the last one. What counts as equal is measured
+    as in `verify_on_tree`, with images that are moved as well. Where the last layer cannot be cut in rows with images, it no
+    longer is.
+
+    Raises:
+        NotImplementedError: if they differ by more than rounding, or the model cannot run the row.
+    """
+    model, images = prepared.model, row.images
+    family = f"{type(model).__name__} (model_type {model.config.model_type!r})"
+    if images is None or not (holding := [index for index, place in enumerate(images.set_of) if place >= 0]):
+        return
+    with in_evaluation(model), torch.autocast(row.device.type, enabled=False):
+        stock, noise, scale = [], 0.0, 0.0
+        # As many for every rank: they gather weights together.
+        for seed, sequence in enumerate((holding[0], holding[min(1, len(holding) - 1)], holding[-1])):
+            nodes = row.path(sequence)
+            ids, inputs = row.input_ids[nodes][None], images.alone(sequence, nodes)
+            alone = _stock_hidden(prepared, ids, inputs)
+            with _embeddings_moved(prepared, seed):
+                floats = {name: value for name, value in inputs.items() if value.is_floating_point()}
+                moved = {name: _moved(value, seed) for name, value in floats.items()}
+                noise = max(noise, _distance(alone, _stock_hidden(prepared, ids, inputs | moved)))
+            scale = max(scale, _distance(alone, torch.zeros_like(alone)))
+            stock.append((nodes, alone))
+        allowed = max(_ROUNDING * noise, _TOLERANCE * scale)
+        cuts, prepared.cuts_with_images = prepared.cuts_with_images, False
+        try:
+            hidden_SH = prepared.hidden_states(row).double()
+        except (ValueError, torch.OutOfMemoryError):  # the images', and the device's
+            raise
+        except Exception as error:  # in whatever way the family's code stumbles
+            why = str(error) if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {error}"
+            raise NotImplementedError(f"{family} cannot share prefixes with images exactly: {why}") from error
+        worst = max(_distance(hidden_SH[nodes], alone) for nodes, alone in stock)
+        if not worst <= allowed:
+            raise NotImplementedError(
+                f"{family} cannot share prefixes with images exactly: hidden states of a row differ from the stock model's by "
+                f"{worst:.2g} (rounding explains {noise:.2g}, the largest is {scale:.2g})"
+            )
+        prepared.cuts_with_images = cuts
+        if cuts and prepared.last_layer_at_tokens and row.read_nodes.numel():
+            try:
+                hidden_NH = prepared.hidden_states(row, row.read_nodes).double()
+                prepared.cuts_with_images = _distance(hidden_NH, hidden_SH[row.read_nodes]) <= allowed
+            except Exception:  # in whatever way the family's code stumbles
+                prepared.cuts_with_images = False
+
+
+@torch.no_grad()
 def cut_last_layer(prepared: PreparedModel, allowed: float) -> None:
     """Let the last layer run at some tokens alone, if the family's code bears it: tried on a small row, like all else.
 
@@ -177,27 +230,36 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def _embeddings_moved(prepared: PreparedModel, seed: int) -> AbstractContextManager[None]:
     """While inside, embeddings of tokens are a rounding step larger, smaller, or as they are, number by number."""
-    generator = torch.Generator().manual_seed(seed)
 
     def move(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        step = torch.randint(-1, 2, output.shape, generator=generator).to(output.device)
-        return (output * (1 + torch.finfo(output.dtype).eps * step)).to(output.dtype)
+        return _moved(output, seed)
 
     return hooked([cast(torch.nn.Module, prepared.model.get_input_embeddings()).register_forward_hook(move)])
 
 
-def _stock_hidden(prepared: PreparedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The stock model's final hidden states of one sequence ``[1, L]``, float64 ``[L, hidden]``."""
-    with as_stock(getattr(prepared.backbone, "config", None)):
-        return _stock_run(prepared, ids)[0].double()
+def _moved(values: torch.Tensor, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.randint(-1, 2, values.shape, generator=generator).to(values.device)
+    return (values * (1 + torch.finfo(values.dtype).eps * step)).to(values.dtype)
 
 
-def _stock_run(prepared: PreparedModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _stock_hidden(
+    prepared: PreparedModel, ids: torch.Tensor, inputs: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The stock model's final hidden states of one sequence ``[1, L]`` and its images, float64 ``[L, hidden]``."""
+    options: dict[str, Any] = dict(inputs or {})
+    if inputs is not None and takes(prepared.model, "logits_to_keep"):
+        options["logits_to_keep"] = 1
+    with as_stock(getattr(prepared.backbone, "config", None)), interface.no_row():
+        return _stock_run(prepared, ids, **options)[0].double()
+
+
+def _stock_run(prepared: PreparedModel, ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Final hidden states ``[L, hidden]`` of one sequence ``[1, L]``, and what the head makes of them."""
     captured: list[Any] = []
     hook = prepared.backbone.register_forward_hook(lambda module, args, output: captured.append(output))
     with hooked([hook]):
-        logits = prepared.stock_forward(input_ids=ids, use_cache=False).logits[0]
+        logits = prepared.stock_forward(input_ids=ids, use_cache=False, **options).logits[0]
     return captured[-1].last_hidden_state[0], logits
 
 

@@ -22,7 +22,7 @@ from preftree.models.products import adding_to_gradients
 from preftree.models.refusals import active_dropout, disable_dropout
 from preftree.objectives import load_balancing
 from preftree.packing import FEW_LENGTHS, MANY_LENGTHS, PackedRow, empty_row
-from preftree.trainers.checks import check_weights, vocabulary_of
+from preftree.trainers.checks import IMAGE_COLUMNS, ROW, check_weights, vocabulary_of
 from preftree.trainers.collator import TreeBatch, TreeCollator
 from preftree.trainers.config import upgrade
 from preftree.trainers.finite import FiniteLosses
@@ -32,6 +32,10 @@ from preftree.trainers.metrics import Metrics, Unread, mean
 from preftree.trainers.preparation import DataPreparation
 from preftree.trainers.row_length import FitRows
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
+from preftree.trainers.vision import ImageReader
+
+# What a chat template is given beside messages.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 class TreeTrainer(DataPreparation):
@@ -180,11 +184,17 @@ class TreeTrainer(DataPreparation):
                 prepared.contiguous = getattr(self.args, "activation_offloading", False)
         if not isinstance(self.data_collator, TreeCollator):
             self._padded = self.data_collator
+            if self._has_images and (reader := self._make_reader()) is not None:
+                self._padded = reader.padded(self.args.max_length)
             self._trees = self._make_collator()
             if self.args.row_length == "auto" and self.args.device.type == "cuda":
                 self.add_callback(FitRows(self))
             if not self._user_collator:
                 self.data_collator = self._trees
+
+    def _make_reader(self) -> ImageReader | None:
+        """What reads examples with images, where there may be some."""
+        return None
 
     def _make_collator(self) -> TreeCollator:
         return TreeCollator(
@@ -196,6 +206,7 @@ class TreeTrainer(DataPreparation):
             share_prefixes=self.args.share_prefixes,
             columns=self.columns,
             reference_columns=self.reference_columns,
+            reader=self._make_reader(),
             padded=self._padded if self.compute_metrics is not None and self.predicts_logits else None,
         )
 
@@ -213,6 +224,8 @@ class TreeTrainer(DataPreparation):
         super()._set_signature_columns_if_needed()
         if first and self._signature_columns is not None:
             self._signature_columns += [*RANKED_COLUMNS, RANKED_REFERENCE]
+            if self._has_images:
+                self._signature_columns += ["prompt", *self.fields, *IMAGE_COLUMNS, *TEMPLATE_COLUMNS, ROW]
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -284,7 +297,10 @@ class TreeTrainer(DataPreparation):
         padded = inputs["padded"]
         inputs["input_ids"] = padded["input_ids"]  # `prediction_step` hands these to compute_metrics as labels
         with torch.no_grad():
-            return model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False)
+            names = {"input_ids", "attention_mask"}
+            if self._has_images:
+                names = padded.keys() - {"completion_mask"}
+            return model(**{name: padded[name] for name in names}, use_cache=False)
 
     def predict(self, *args, **kwargs):
         # Predictions are logits of whole sequences: batches must hold these too.
@@ -297,6 +313,10 @@ class TreeTrainer(DataPreparation):
 
     def _micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
         if "rows" not in inputs:  # a collator of the user's, in TRL's padded format
+            if images := [name for name in inputs if name.startswith(("pixel_values", "image_"))]:
+                raise NotImplementedError(
+                    f"data_collator gives {images[0]!r} of a whole batch, which cannot be told apart by example: leave it out"
+                )
             inputs.update(self._trees.from_padded(inputs))
         sent = TreeBatch(inputs).to(self.args.device)
         return self._aligned(MicroBatch.from_inputs(self._prepare_inputs(sent), self.columns))
@@ -307,7 +327,10 @@ class TreeTrainer(DataPreparation):
             count = torch.tensor([len(batch.rows)], device=self.args.device)
             most = int(self.accelerator.gather(count).max())
             for _ in range(most - len(batch.rows)):
-                batch.add_empty(empty_row(len(batch.rows[0]), self._pad_token_id).to(self.args.device))
+                # Where images are looked at, every rank looks at some: their part of the model is gathered, too.
+                images = next((row for row in batch.rows if row.images is not None), None)
+                empty = empty_row(len(batch.rows[0]), self._pad_token_id).to(self.args.device)
+                batch.add_empty(empty if images is None else images.without_sequences())
         return batch
 
     def _row_loss(self, model, batch: MicroBatch, number: int) -> torch.Tensor:

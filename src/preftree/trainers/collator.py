@@ -10,6 +10,7 @@ import torch
 
 from preftree.packing import MANY_LENGTHS, PackedRow, pack, static_length
 from preftree.trainers.groups import RANKED_REFERENCE, SEQUENCES, Group, Layout
+from preftree.trainers.vision import ImageReader, holds_images, place_of
 from preftree.transfer import send
 from preftree.tree import TokenTree
 
@@ -34,6 +35,7 @@ class TreeCollator:
         columns: numbers of an example to hand on, fp32 ``[examples]`` each, where the data have them.
         reference_columns: where an example keeps its sequences' reference log-probabilities, one column a sequence. (A
             ranked example has a list of them in one column.)
+        reader: how an example with images is read; None if none may have some.
         padded: a collator of TRL's format whose batch to add under "padded", for what needs logits of whole sequences.
 
     A batch holds
@@ -57,10 +59,35 @@ class TreeCollator:
     share_prefixes: bool = True
     columns: tuple[str, ...] = ()
     reference_columns: tuple[str, ...] = ("ref_chosen_logps", "ref_rejected_logps")
+    reader: ImageReader | None = None
     padded: Callable[[list[Any]], Any] | None = None
 
+    def group(self, example: Mapping[str, Any]) -> Group:
+        """The sequences of an example, tokenised or with images."""
+        if self.reader is None or not holds_images(example):
+            return self.layout.group(example)
+        group = self.reader(example)
+        if self.row_length is not None and not self.grows:
+            tree = group.tree()
+            tokens = len(tree if self.share_prefixes else tree.unshared())
+            if tokens > self.row_length:
+                raise ValueError(
+                    f"{place_of(example)}: its {tokens} tokens do not fit into row_length={self.row_length}: raise it"
+                )
+        return group
+
+    def content(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Lists of numbers that all which is computed from an example depends on: its tokens, and its images."""
+        if self.reader is None or not holds_images(example):
+            return example
+        group = self.reader(example)
+        content: dict[str, Any] = {"sequences": group.sequences, "prompt_lengths": group.prompt_lengths}
+        if group.images is not None:
+            content["images"] = list(group.images.digest)
+        return content
+
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = self.collate([self.layout.group(example) for example in examples])
+        batch = self.collate([self.group(example) for example in examples])
         batch["ranked"] = SEQUENCES in examples[0]
         for column in self.columns:
             if column in examples[0]:
@@ -70,7 +97,7 @@ class TreeCollator:
             values = [value for example in examples for value in _flat(example[name] for name in reference)]
             batch["reference"] = torch.tensor(values, dtype=torch.float32)
         if self.padded is not None:
-            batch["padded"] = self.padded(list(examples))
+            batch["padded"] = self.padded([dict(example) for example in examples])
         return TreeBatch(batch)
 
     def from_padded(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -99,7 +126,7 @@ class TreeCollator:
         own_trees = [group.tree() for group in groups]
         clusters = [[index] for index in range(len(groups))]
         if self.share_prefixes:
-            clusters = _cluster(groups, [len(tree) for tree in own_trees], self.row_length)
+            clusters = _clusters(groups, [len(tree) for tree in own_trees], self.row_length)
         trees, sequence_ids = [], []
         for cluster in clusters:
             tree = own_trees[cluster[0]] if len(cluster) == 1 else _merged([groups[index] for index in cluster])
@@ -150,6 +177,7 @@ def _merged(groups: Sequence[Group]) -> TokenTree:
         [ids for group in groups for ids in group.sequences],
         [length for group in groups for length in group.prompt_lengths],
         [count for group in groups for count in group.multiplicities],
+        groups[0].images,
     )
 
 
@@ -169,12 +197,24 @@ def _map_tensors(given: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(given, torch.Tensor):
         return function(given)
     if isinstance(given, PackedRow):
-        return given.with_tensors(function(tensor) for tensor in given.tensors.values())
+        return given.with_tensors(function(tensor) for tensor in given.tensors)
     if isinstance(given, Mapping):
         return {name: _map_tensors(value, function) for name, value in given.items()}
     if isinstance(given, (list, tuple)):
         return type(given)(_map_tensors(value, function) for value in given)
     return given
+
+
+def _clusters(groups: Sequence[Group], sizes: Sequence[int], row_length: int | None) -> list[list[int]]:
+    """`_cluster` among groups with the same images."""
+    alike: dict[Any, list[int]] = {}
+    for index, group in enumerate(groups):
+        alike.setdefault(group.begins_with, []).append(index)
+    clusters = []
+    for members in alike.values():
+        found = _cluster([groups[index] for index in members], [sizes[index] for index in members], row_length)
+        clusters += [[members[index] for index in cluster] for cluster in found]
+    return sorted(clusters)
 
 
 def _cluster(groups: Sequence[Group], sizes: Sequence[int], row_length: int | None) -> list[list[int]]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import trl
+from transformers import ProcessorMixin
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from preftree.objectives import DPO_LOSSES, MIXING, DPOOptions, Pairs, plackett_luce
 from preftree.packing import PackedRow
@@ -14,23 +16,69 @@ from preftree.trainers.groups import Layout
 from preftree.trainers.metrics import Metrics, entropy, logit_metrics, pair_metrics, token_mean
 from preftree.trainers.referenced import ReferencedTrainer
 from preftree.trainers.step import MicroBatch, Terms, weighted_logps, wpo_weights
+from preftree.trainers.vision import ImageReader, holds_images, image_token_ids
 
 
 class DPOTrainer(ReferencedTrainer, trl.DPOTrainer):
     """TRL's `DPOTrainer` with the same arguments, columns, defaults, losses and metrics; prompts are computed once.
 
     It also takes ranked data (`prompt`, `completions`, `scores` or `ranks`): all ordered pairs of a prompt's responses,
-    or with ``loss_type="plackett_luce"`` the list objective, from one tree.
+    or with ``loss_type="plackett_luce"`` the list objective, from one tree. Prompts may have images (columns `image` or
+    `images`, as TRL takes them), which are looked at once for each tree; with these, too, the reference's log-probabilities
+    may be precomputed.
 
     Raises:
         NotImplementedError: for a model or setting that cannot be computed exactly (see `preftree.prepare_model`), and
-            for images.
+            for images with ranked data or a data collator of one's own.
         ValueError: for bad data, naming row and field, for weights that are not finite, and for options that exclude
             each other.
     """
 
     config_class = DPOConfig
+    takes_images = True
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
+
+    @property
+    def _is_vision_dataset(self) -> bool:
+        """False, whatever TRL sets: data with images take the way of all others here, prepared, evaluated and cached."""
+        return False
+
+    @_is_vision_dataset.setter
+    def _is_vision_dataset(self, found: bool) -> None:
+        self._has_images = self._has_images or found
+
+    def _check_arguments(self, given: dict[str, Any]) -> None:
+        super()._check_arguments(given)
+        train_dataset, args = given.get("train_dataset"), given["args"]
+        sample = None if train_dataset is None else next(iter(train_dataset), None)
+        if sample is None or not holds_images(sample):
+            return
+        if given.get("data_collator") is not None:
+            raise NotImplementedError("data_collator: images are collated by this trainer: leave it out")
+        if args.max_length is not None and args.truncation_mode == "keep_end":
+            raise ValueError(
+                "truncation_mode='keep_end' would cut off images, which stand in the prompt: use 'keep_start', or set "
+                "max_length=None"
+            )
+        if args.row_length == "auto":
+            raise NotImplementedError(
+                "row_length='auto' does not know what memory images take: give a number, or leave it out"
+            )
+        if args.overlong == "drop":
+            raise NotImplementedError(
+                "overlong='drop': how long examples with images are is not known before training: use 'truncate' or 'error'"
+            )
+
+    def _make_reader(self) -> ImageReader | None:
+        processor: Any = self.processing_class
+        if not isinstance(processor, ProcessorMixin):
+            return None
+        return ImageReader(
+            DataCollatorForVisionPreference(processor),
+            self.layout(self.args),
+            image_token_ids(processor, self.model.config),
+            refuses_longer=self.args.overlong == "error",
+        )
 
     @classmethod
     def layout(cls, args: Any) -> Layout:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from preftree.images import PromptImages
 from preftree.objectives import lambda_weights
 from preftree.tree import TokenTree
 
@@ -34,6 +35,7 @@ class Group:
         weights: of the units, before division by what the batch divides by.
         normaliser: what this example adds to the number that the batch's loss is divided by.
         ranking: the sequences from best to worst, where a list objective asks for it.
+        images: of the prompt, which all sequences begin with, or None.
     """
 
     sequences: list[list[int]]
@@ -43,6 +45,14 @@ class Group:
     weights: list[float]
     normaliser: float = 1.0
     ranking: list[int] = field(default_factory=list)
+    images: PromptImages | None = None
+
+    @property
+    def begins_with(self) -> tuple[bytes, tuple[int, ...]]:
+        """Equal for groups whose sequences may share tokens: ids do not tell one image from another."""
+        if self.images is None:
+            return b"", ()
+        return self.images.digest, tuple(self.sequences[0][: self.images.length])
 
     @property
     def units(self) -> int:
@@ -54,7 +64,7 @@ class Group:
         return sum(len(ids) * count for ids, count in zip(self.sequences, self.multiplicities, strict=True))
 
     def tree(self) -> TokenTree:
-        return TokenTree.from_sequences(self.sequences, self.prompt_lengths, self.multiplicities)
+        return TokenTree.from_sequences(self.sequences, self.prompt_lengths, self.multiplicities, self.images)
 
 
 def truncate(ids: Sequence[int], prompt_length: int, max_length: int | None, mode: str) -> tuple[list[int], int]:

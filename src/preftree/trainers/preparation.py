@@ -7,17 +7,21 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from transformers import Trainer
+from transformers import ProcessorMixin, Trainer
 
 from preftree.trainers.checks import (
+    IMAGE_COLUMNS,
     PAIR_FIELDS,
+    ROW,
     ExampleCheck,
     check_columns,
+    check_example,
     check_numbers,
     check_raw,
     check_tokenised,
     columns_of,
     source_of,
+    with_images,
 )
 from preftree.trainers.groups import Layout
 from preftree.trainers.ranked import flatten, regroup
@@ -30,15 +34,18 @@ class DataPreparation(Trainer):
         fields: columns of the raw data that an example is made of, beside the prompt.
         columns: numbers of an example that the objective needs.
         takes_ranked: whether the data may be ranked completions instead.
+        takes_images: whether prompts may have images; these are read batch by batch, as TRL does it.
         cuts_at_max_length: whether TRL cuts what is longer (else it leaves it out).
     """
 
     fields: tuple[str, ...] = PAIR_FIELDS
     columns: tuple[str, ...] = ()
     takes_ranked = True
+    takes_images = False
     cuts_at_max_length = True
     _tokenizer: Any
     _vocabulary: int
+    _has_images = False
 
     if TYPE_CHECKING:  # what TRL's class behind this one has
 
@@ -55,9 +62,9 @@ class DataPreparation(Trainer):
 
         Raises:
             ValueError: if columns are missing or exclude each other, naming ``source``.
-            NotImplementedError: for images.
+            NotImplementedError: for images, if the trainer takes none.
         """
-        return check_columns(columns, source, cls.fields, cls.takes_ranked)
+        return check_columns(columns, source, cls.fields, cls.takes_ranked, cls.takes_images)
 
     @classmethod
     def tokenize(cls, dataset: Dataset, tokenizer: Any, args: Any, vocabulary: int) -> Dataset:
@@ -65,18 +72,37 @@ class DataPreparation(Trainer):
 
         Raises:
             ValueError: for bad data, naming row and field.
+            NotImplementedError: for images, whose tokens are found batch by batch.
         """
+        if found := [name for name in IMAGE_COLUMNS if name in columns_of(dataset)]:
+            raise NotImplementedError(f"column {found[0]!r}: tokens of images are not known before training")
         trainer = cls.__new__(cls)
         trainer._tokenizer, trainer._vocabulary = tokenizer, vocabulary
         return trainer._prepare_dataset(dataset, tokenizer, args, "train")
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        columns = columns_of(dataset)
+        if any(name in columns for name in IMAGE_COLUMNS):
+            return dataset if ROW in columns else self._with_images(dataset, processing_class, args, dataset_name)
         # TRL would leave out in silence what max_length leaves no completion of; the check says which and how many.
         unlimited = copy.copy(args)
         unlimited.max_length = None
         raw = self._raw(dataset, processing_class, args, dataset_name)
         tokenised = super()._prepare_dataset(raw, processing_class, unlimited, dataset_name)
         return self._checked(tokenised, args, source_of(dataset, dataset_name), "completions" in columns_of(dataset))
+
+    def _with_images(self, dataset, processing_class, args, dataset_name):
+        source = source_of(dataset, dataset_name)
+        fields = self.text_fields(columns_of(dataset), source)
+        if not isinstance(processing_class, ProcessorMixin):
+            raise ValueError(
+                f"{source}: it has images, but processing_class is {type(processing_class).__name__}: pass the processor of a "
+                "vision-language model"
+            )
+        chat_template = getattr(processing_class, "chat_template", None) is not None
+        self._signature_columns = None  # more than those of a data set without images
+        self._has_images = True
+        return with_images(dataset, source, lambda example, where: check_example(example, where, chat_template, fields))
 
     def _raw(self, dataset, processing_class, args, dataset_name):
         """The data set checked, in the form that TRL tokenises."""

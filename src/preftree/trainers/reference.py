@@ -32,7 +32,7 @@ def content_key(model_hash: str, examples: Iterable[Mapping[str, Any]], settings
     for example in examples:
         for field in sorted(example):
             value = example[field]
-            lists = value if value and isinstance(value[0], list) else [value]
+            lists = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
             digest.update(f"{field} {len(lists)}".encode())
             for numbers in lists:
                 array = np.asarray(numbers)

@@ -21,6 +21,7 @@ from preftree.models.prepared import below_peft
 from preftree.packing import PackedRow
 from preftree.trainers import reference
 from preftree.trainers.base import TreeTrainer
+from preftree.trainers.checks import ROW
 from preftree.trainers.groups import RANKED_REFERENCE
 from preftree.trainers.step import MicroBatch, weighted_logps
 from preftree.version import __version__
@@ -122,7 +123,8 @@ class ReferencedTrainer(TreeTrainer):
             "versions": [__version__, torch.__version__],
         }
         examples = dataset.select_columns(self._columns_of_reference(dataset))
-        key = reference.content_key(self._precompute_model_hash or hash_module(model), examples, settings)
+        contents = map(self._trees.content, examples)
+        key = reference.content_key(self._precompute_model_hash or hash_module(model), contents, settings)
         path = Path(args.ref_logps_cache_dir or reference.default_directory()) / f"{key}.safetensors"
         columns = reference.load(path, key, len(dataset))
         if columns is None:
@@ -136,6 +138,8 @@ class ReferencedTrainer(TreeTrainer):
 
     def _columns_of_reference(self, dataset: Dataset) -> list[str]:
         """The columns that the reference's log-probabilities are computed from."""
+        if ROW in dataset.column_names:  # not tokenised yet
+            return [name for name in dataset.column_names if name not in self.reference_columns]
         return self._trees.layout.token_columns(dataset.column_names)
 
     def _run_reference(self, examples: Dataset, name: str, batch_size: int) -> dict[str, torch.Tensor]:
