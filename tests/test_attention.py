@@ -504,6 +504,12 @@ def test_what_flex_refuses(monkeypatch):
     assert choose_backend("flex", replace(ON_HOPPER, rule=OTHER, bias=True, dtype=torch.float32), row) == "flex"
     with pytest.raises(NotImplementedError, match="not float64"):
         choose_backend("flex", replace(ON_HOPPER, dtype=torch.float64), row)
+    with pytest.raises(NotImplementedError, match="head sizes from 16, not 64 and 8"):
+        choose_backend("flex", replace(ON_HOPPER, value_size=8), row)
+    by_token = replace(ON_HOPPER, rule=replace(OTHER, nodes=OTHER.function), dtype=torch.float32)
+    assert choose_backend("auto", by_token, row) == "flex"
+    with pytest.warns(UserWarning, match="no kernel for trees .* flex: its kernels take head sizes from 16"):
+        assert choose_backend("auto", replace(by_token, size=8), row) == "dense"
     monkeypatch.setattr(flex, "has_triton", lambda: False)
     with pytest.raises(NotImplementedError, match="Triton, which is not installed"):
         choose_backend("flex", ON_HOPPER, row)

@@ -18,12 +18,16 @@ BLOCK = 128
 # Kernels that may be compiled: one for each row length, kind of mask and kind of scores that occurs. Dynamo's own limit
 # of 8 would end in an uncompiled attention that writes all scores out.
 _MOST_KERNELS = 512
+# Head size that PyTorch compiles its kernels for.
+_SMALLEST = 16
 
 
 def refusal(layer: Layer) -> str | None:
     """Why this backend cannot serve a layer, or None."""
     if layer.device != "cuda":
         return f"FlexAttention has no backward pass on {layer.device!r}"
+    if min(layer.size, layer.value_size) < _SMALLEST:
+        return f"its kernels take head sizes from {_SMALLEST}, not {layer.size} and {layer.value_size}"
     if not has_triton():
         return "FlexAttention compiles to Triton, which is not installed"
     if layer.dtype not in (torch.bfloat16, torch.float16, torch.float32):
