@@ -159,44 +159,21 @@ def shape(name: str):
     from transformers import Lfm2Config, Qwen3_5TextConfig, Qwen3Config
 
     common = {"max_position_embeddings": 1 << 17, "tie_word_embeddings": True}
-    qwen3 = {"vocab_size": 151936, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128} | common
-    shapes: dict[str, Any] = {
-        "qwen3-1.7b": lambda: Qwen3Config(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, **qwen3),
-        "qwen3-0.6b": lambda: Qwen3Config(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, **qwen3),
-        "qwen3.5-2b": lambda: Qwen3_5TextConfig(
-            vocab_size=248320,
-            hidden_size=2048,
-            intermediate_size=6144,
-            num_hidden_layers=24,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=256,
-            linear_num_key_heads=16,
-            linear_num_value_heads=16,
-            **common,
-        ),
-        "lfm2-1.2b": lambda: Lfm2Config(
-            vocab_size=65536,
-            hidden_size=2048,
-            intermediate_size=12288,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            full_attn_idxs=[2, 5, 8, 10, 12, 14],
-            **common,
-        ),
-        "tiny": lambda: Qwen3Config(
-            vocab_size=2000,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            **common,
-        ),
-    }
-    return shapes[name]()
+    qwen3 = {"vocab_size": 151936, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    small = {"vocab_size": 2000, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    qwen3_5 = {"vocab_size": 248320, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256}
+    qwen3_5 |= {"linear_num_key_heads": 16, "linear_num_value_heads": 16}
+    lfm2 = {"vocab_size": 65536, "num_attention_heads": 32, "num_key_value_heads": 8}
+    lfm2 |= {"full_attn_idxs": [2, 5, 8, 10, 12, 14]}
+    kind, widths, settings = {
+        "qwen3-1.7b": (Qwen3Config, (2048, 6144, 28), qwen3),
+        "qwen3-0.6b": (Qwen3Config, (1024, 3072, 28), qwen3),
+        "qwen3.5-2b": (Qwen3_5TextConfig, (2048, 6144, 24), qwen3_5),
+        "lfm2-1.2b": (Lfm2Config, (2048, 12288, 16), lfm2),
+        "tiny": (Qwen3Config, (64, 128, 2), small),
+    }[name]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    return kind(**dict(zip(names, widths, strict=True)), **settings, **common)
 
 
 def model_and_tokenizer(name: str):

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetInfo
 
-from preftree.trainers.checks import IMAGE_COLUMNS, check_columns, check_example
+from preftree.trainers.checks import IMAGE_COLUMNS, TEMPLATE_COLUMNS, check_columns, check_example
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # What trainers read besides text; other columns are left out, whatever they hold.
@@ -23,8 +23,7 @@ COLUMNS = (
     "pair_weights",
     "label",
     "margin",
-    "tools",
-    "chat_template_kwargs",
+    *TEMPLATE_COLUMNS,
     *IMAGE_COLUMNS,
 )
 _TEXT = ("prompt", "chosen", "rejected", "reference", "completion")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from preftree.attention import BACKENDS, Layer, choose_backend, cost
 from preftree.attention.mask import CAUSAL, Rule, chunks, sliding_window
-from preftree.models.refusals import number_of_others, other_layer_types, read_by_index
+from preftree.models.refusals import other_layer_types, other_layers, read_by_index
 from preftree.packing import MANY_LENGTHS, PackedRow, pack, static_length
 from preftree.tree import TokenTree
 
@@ -48,7 +48,7 @@ class ModelCost:
         )
         heads = getattr(text, "num_attention_heads", None) or 0  # none in a recurrent model
         head_size = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
-        layers = text.num_hidden_layers - number_of_others(config)
+        layers = text.num_hidden_layers - len(other_layers(config))
         along_paths = other_layer_types(config) or read_by_index(model)
         return cls(2 * body, 2 * head, 4 * heads * head_size * layers, along_paths)
 

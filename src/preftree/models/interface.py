@@ -192,8 +192,7 @@ class RowMask:
 
     @property
     def _knows_tokens(self) -> bool:
-        attend = self.attend if isinstance(self.attend, TreeAttention) else getattr(self.attend, "attend", None)
-        return isinstance(attend, TreeAttention) and attend.rule.nodes is not None
+        return self.attend.rule.nodes is not None
 
     def for_sequences(self, count: int, length: int) -> torch.Tensor | None:
         """The mask that the stock model makes for sequences ``[count, length]`` (None where it makes none)."""

@@ -27,6 +27,10 @@ class _AtTokens:
     attend: Any
     nodes: torch.Tensor
 
+    @property
+    def rule(self) -> Any:
+        return self.attend.rule
+
     def __call__(
         self, q_BHND: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, scores: Scores
     ) -> torch.Tensor:

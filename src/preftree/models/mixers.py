@@ -82,12 +82,11 @@ def _tensor_along(given: torch.Tensor, sequences: Sequences, length: int) -> tor
     if given.ndim >= 2 and shape[-2:] == (length, length):  # [1, ..., S, S]: a mask
         mask = given[..., :longest, :longest]
         return mask.expand(paths, *mask.shape[1:]) if given.ndim == 4 and shape[0] == 1 else mask
-    nodes = batch.tokens[batch.local]
     if given.ndim == 4 and shape[0] == 1 and shape[2] == length:  # [1, heads or 1, S, D]: of tokens
-        return given[0][:, nodes].transpose(0, 1)
+        return given[0][:, batch.nodes].transpose(0, 1)
     if given.ndim == 3 and shape[1] == 1 and shape[2] == length:
         if not given.is_floating_point():  # [axes, 1, S]: positions on several axes
-            return given[:, 0][:, nodes]
+            return given[:, 0][:, batch.nodes]
         return given[..., :longest].repeat(paths, 1, 1)  # [heads, 1, S]: biases of keys
     if given.ndim == 4 and shape[0] == 1 and shape[-1] == length:  # [1, heads, 1, S]
         return given[..., :longest].expand(paths, *shape[1:-1], longest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ class PathBatch:
     first: torch.Tensor
     sources: torch.Tensor
     origins: torch.Tensor
+
+    @cached_property
+    def nodes(self) -> torch.Tensor:
+        """``[P, L]``: which of the row's tokens stands at each place."""
+        return self.tokens[self.local]
 
     def along(self, x: torch.Tensor) -> torch.Tensor:
         """Of tokens ``[F, ...]`` to places ``[P, L, ...]``; differentiable (what padding gives back is left out)."""

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from preftree.images import Images
 from preftree.models import interface, mixers
 from preftree.models.replaced import forward_replaced, hooked, in_evaluation
 from preftree.models.tables import adding_where_they_lie
@@ -192,7 +193,7 @@ class PreparedModel:
         if row.images is not None and self.decoder is not self.backbone:
             key = ("positions", type(self.backbone))  # policy and reference place them alike
             if key not in row.derived:
-                row.derived[key] = self._image_positions(row)
+                row.derived[key] = self._image_positions(row, row.images)
             if (positions := row.derived[key]) is not None:
                 return positions
         if not self.first_position:
@@ -205,19 +206,18 @@ class PreparedModel:
         return row.position_ids + self.first_position
 
     @torch.no_grad()
-    def _image_positions(self, row: PackedRow) -> torch.Tensor | None:
+    def _image_positions(self, row: PackedRow, images: Images) -> torch.Tensor | None:
         """Positions by the backbone's own code, which makes them for each sequence alone; None if it leaves that to the
         decoder, which counts tokens.
 
         Raises:
             NotImplementedError: if sequences place a token that they share at different positions.
         """
-        images = row.images
         placed: torch.Tensor | None = None
         conflict = torch.zeros((), dtype=torch.bool, device=row.device)
         seen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
-        for sequence, place in enumerate(images.set_of if images is not None else ()):
-            if images is None or place < 0:
+        for sequence, place in enumerate(images.set_of):
+            if place < 0:
                 continue
             nodes = row.path(sequence)
             given = self._given_to_decoder(row.input_ids[nodes][None], images.alone(sequence, nodes))

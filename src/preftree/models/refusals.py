@@ -112,16 +112,12 @@ def _outlier_threshold(model: PreTrainedModel) -> float:
 
 def other_layer_types(config: PreTrainedConfig) -> str | None:
     """The kinds of layers that are not attention and so read a row in its order, and that they do; None without any."""
-    others = ", ".join(sorted(set(_others(config))))
+    others = ", ".join(sorted(set(other_layers(config))))
     return f"layer types {others}: layers that are not attention read the row in its order" if others else None
 
 
-def number_of_others(config: PreTrainedConfig) -> int:
-    """How many layers that is."""
-    return len(_others(config))
-
-
-def _others(config: PreTrainedConfig) -> list[str]:
+def other_layers(config: PreTrainedConfig) -> list[str]:
+    """The kind of each layer that is not attention."""
     kinds = getattr(config.get_text_config(), "layer_types", None) or ()
     return [kind for kind in kinds if kind not in ATTENTION_LAYER_TYPES]
 

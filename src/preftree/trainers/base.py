@@ -22,7 +22,7 @@ from preftree.models.products import adding_to_gradients
 from preftree.models.refusals import active_dropout, disable_dropout
 from preftree.objectives import load_balancing
 from preftree.packing import FEW_LENGTHS, MANY_LENGTHS, PackedRow, empty_row
-from preftree.trainers.checks import IMAGE_COLUMNS, ROW, check_weights, vocabulary_of
+from preftree.trainers.checks import IMAGE_COLUMNS, ROW, TEMPLATE_COLUMNS, check_weights, vocabulary_of
 from preftree.trainers.collator import TreeBatch, TreeCollator
 from preftree.trainers.config import upgrade
 from preftree.trainers.finite import FiniteLosses
@@ -33,9 +33,6 @@ from preftree.trainers.preparation import DataPreparation
 from preftree.trainers.row_length import FitRows
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
 from preftree.trainers.vision import ImageReader
-
-# What a chat template is given beside messages.
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 class TreeTrainer(DataPreparation):

@@ -25,6 +25,8 @@ ROW = "preftree_row"
 _MESSAGE_FORM = "a list of messages {'role': ..., 'content': ...}"
 PAIR_FIELDS = ("chosen", "rejected")
 IMAGE_COLUMNS = ("image", "images")
+# What a chat template is given beside messages.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 def source_of(dataset: Dataset | IterableDataset, name: str) -> str:
