@@ -127,11 +127,12 @@ EXACT: dict[str, tuple[str, dict]] = {
     "starcoder2": ("Starcoder2", {"sliding_window": 5, "residual_dropout": 0.0, "embedding_dropout": 0.0}),
 }
 
+# (Of heads as many as causal_conv1d's kernels take: widths of projections divisible by 8.)
 _SSM = {
     "mamba_d_state": 4,
     "mamba_d_conv": 3,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
     "mamba_n_groups": 1,
     "mamba_chunk_size": 8,
 }
@@ -149,7 +150,7 @@ ALONG_PATHS: dict[str, tuple[str, dict, tuple[int, int]]] = {
     "mamba": ("Mamba", {"state_size": 4}, (3, 3)),
     "mamba2": (
         "Mamba2",
-        {"expand": 2, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+        {"expand": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
         (3, 3),
     ),
     "falcon_mamba": ("FalconMamba", {"state_size": 4}, (3, 3)),
@@ -184,8 +185,8 @@ ALONG_PATHS: dict[str, tuple[str, dict, tuple[int, int]]] = {
         "NemotronH",
         {
             "layers_block_type": ["mamba", "attention", "moe"],
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
             "ssm_state_size": 8,
             "n_groups": 1,
             "chunk_size": 8,
@@ -202,7 +203,7 @@ ALONG_PATHS: dict[str, tuple[str, dict, tuple[int, int]]] = {
         {
             "mamba_d_state": 8,
             "mamba_ngroups": 1,
-            "n_mamba_heads": 4,
+            "n_mamba_heads": 8,
             "chunk_size": 8,
             "layers_block_type": ["mamba", "hybrid", "mamba"],
             "hybrid_layer_ids": [1],

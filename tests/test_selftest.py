@@ -1,16 +1,19 @@
 """Families that nobody has tried: a tiny twin of the model is, the first time."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
 import transformers
 from families import exact_model
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 import preftree
-from preftree.families import selftest
-from preftree.models import twins
+from preftree.families import census, selftest
+from preftree.models import prepare, twins
 
 
 class InventedConfig(LlamaConfig):
@@ -159,3 +162,31 @@ def test_twins_have_all_settings_but_sizes():
     assert (config.rope_parameters["rope_type"], config.rope_parameters["factor"]) == ("linear", 3.0)
     assert (config.vocab_size, config.num_hidden_layers, config.hidden_size, config.sliding_window) == (131, 4, 32, 5)
     assert model.config.num_hidden_layers == 5
+
+
+def test_with_a_library_for_gpus_installed(cache, tried, monkeypatch):
+    """Twins are on the CPU, where transformers would call the library nevertheless: its own code runs."""
+    from transformers.models.lfm2 import modeling_lfm2
+
+    def of_the_library(x, weight, bias=None, activation=None):
+        raise RuntimeError("Expected x.is_cuda() to be true, but got false")
+
+    library = types.ModuleType("library_for_gpus")
+    library.causal_conv1d_fn = of_the_library
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    wrapper = use_kernel_func_from_hub_with_fallback("causal_conv1d_fn", library.__name__)
+    monkeypatch.setattr(modeling_lfm2, "causal_conv1d_fn", wrapper(modeling_lfm2.causal_conv1d_fn.__wrapped__))
+    compared, differences = [], selftest.census.differences
+    monkeypatch.setattr(
+        selftest.census, "differences", lambda *models: compared.append(differences(*models)) or compared[-1]
+    )
+    model = exact_model("lfm2")
+    with pytest.raises(RuntimeError, match="is_cuda"):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert {place[1] for place in prepare._places_that_mix(model)} == {"conv", "self_attn"}
+    monkeypatch.setattr(selftest, "_known", frozenset)
+    assert selftest.what_is_wrong(model) is None
+    assert (len(tried), len(compared)) == (1, 1)
+    assert census.examine("lfm2", "Lfm2ForCausalLM").status == "exact"
+    with pytest.raises(RuntimeError, match="is_cuda"):
+        model(input_ids=torch.tensor([[5, 6, 7]]))

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from preftree.logprobs import sequence_logps
 from preftree.models.prepare import prepare_model, reason_of
 from preftree.models.prepared import prepared_part
-from preftree.models.twins import VOCABULARY, NotTiny, twin
+from preftree.models.twins import VOCABULARY, NotTiny, torch_code, twin
 from preftree.packing import pack
 from preftree.report import versions
 from preftree.tree import TokenTree
@@ -89,14 +89,15 @@ def examine(family: str, model: str) -> Finding:
         return Finding(family, model, "not made", reason=str(error))
     rounding = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            prepared = prepare_model(copy.deepcopy(stock))
-        logps, gradients = differences(stock, prepared)
-        exact = logps <= TOLERANCE and gradients <= TOLERANCE
-        if not exact and logps <= TOLERANCE:
-            rounding = _difference(_alone(stock).gradients, _padded(stock).gradients)
-            exact = gradients <= min(_ROUNDING * rounding, _MOST_ROUNDING)
+        with torch_code():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                prepared = prepare_model(copy.deepcopy(stock))
+            logps, gradients = differences(stock, prepared)
+            exact = logps <= TOLERANCE and gradients <= TOLERANCE
+            if not exact and logps <= TOLERANCE:
+                rounding = _difference(_alone(stock).gradients, _padded(stock).gradients)
+                exact = gradients <= min(_ROUNDING * rounding, _MOST_ROUNDING)
     except NotImplementedError as error:
         return Finding(family, model, "refused", reason=reason_of(error))
     except Exception as error:

@@ -26,7 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from preftree.cache import cache_folder
 from preftree.families import census
 from preftree.models.prepare import prepare_model, reason_of
-from preftree.models.twins import NotTiny, is_twin, random_model, tiny_config
+from preftree.models.twins import NotTiny, is_twin, random_model, tiny_config, torch_code
 from preftree.version import __version__
 
 # What no rounding explains.
@@ -74,7 +74,7 @@ def what_is_wrong(model: PreTrainedModel) -> str | None:
 def _try(stock: PreTrainedModel) -> str | None:
     settings = "a tiny random model with its settings, windows and chunks shorter than the text,"
     try:
-        with warnings.catch_warnings(), torch.enable_grad():
+        with warnings.catch_warnings(), torch.enable_grad(), torch_code():
             warnings.simplefilter("ignore")
             logps, gradients = census.differences(stock, prepare_model(copy.deepcopy(stock)))
     except NotImplementedError as error:

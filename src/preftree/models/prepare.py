@@ -19,7 +19,7 @@ from preftree.models.compiled import check_memory_budget, compile_layers, worth_
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal, other_layer_types, read_by_index
 from preftree.models.replaced import in_evaluation
-from preftree.models.twins import is_twin, twin_of
+from preftree.models.twins import is_twin, torch_code, twin_of
 from preftree.models.verify import (
     cut_last_layer,
     first_position,
@@ -220,8 +220,9 @@ def _places_that_mix(model: PreTrainedModel) -> set[mixers.Place]:
     if is_twin(model) or is_deepspeed_zero3_enabled():
         return set()
     try:
-        tiny = PreparedModel(twin_of(model), "dense")
-        return mixers.places_of(tiny.layers, _find_mixers(tiny))
+        with torch_code():
+            tiny = PreparedModel(twin_of(model), "dense")
+            return mixers.places_of(tiny.layers, _find_mixers(tiny))
     except Exception:  # no such model, or not one that runs as it is
         return set()
 

@@ -7,10 +7,13 @@ told by the names that configurations have for them; what goes by no such name, 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations import hub_kernels
 
 VOCABULARY = 131
 _LAYERS = 4
@@ -322,6 +325,23 @@ def twin_of(model: PreTrainedModel) -> PreTrainedModel:
         NotTiny: if none can be made: its class's own error, or its size.
     """
     return random_model(type(model), tiny_config(model.config))
+
+
+@contextmanager
+def torch_code() -> Iterator[None]:
+    """While inside, transformers' own code runs where a library for a GPU is installed: tiny models are on the CPU.
+
+    So it does for a model that is exported, which is what asks for it here.
+    """
+    asked = getattr(hub_kernels, "is_torchdynamo_exporting", None)
+    if asked is None:
+        yield
+        return
+    hub_kernels.is_torchdynamo_exporting = lambda: True
+    try:
+        yield
+    finally:
+        hub_kernels.is_torchdynamo_exporting = asked
 
 
 def is_twin(model: torch.nn.Module) -> bool:
