@@ -25,11 +25,12 @@ def write(rows: Sequence[dict[str, Any]], path: Path, head: str) -> None:
 def library_versions() -> str:
     """What belongs behind `preftree.report.versions` where kernels are timed."""
     found = ""
-    for package in ("flash-attn-4", "triton"):
+    for package in ("flash-attn-4", "causal-conv1d", "flash-linear-attention", "triton"):
         try:
             found += f", {package} {version(package)}"
         except PackageNotFoundError:
-            found += f", no {package}"
+            if package in ("flash-attn-4", "triton"):  # the others serve hybrid models alone
+                found += f", no {package}"
     return found
 
 

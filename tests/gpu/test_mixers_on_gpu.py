@@ -66,4 +66,4 @@ def test_half_precision(name, compiled, dtype):
     assert errors[1][0] <= 1.5 * errors[0][0]
     # A small tensor's rounding is chance, that of all of them is not.
     assert 0 < errors[0].mean() <= 0.2
-    assert errors[1].mean() <= 1.2 * errors[0].mean()
+    assert errors[1].mean() <= 1.3 * errors[0].mean()
