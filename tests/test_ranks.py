@@ -44,3 +44,13 @@ def test_two_ranks(model_path, tmp_path, settings):
     # Collectives inside the model (FSDP) want as many forward passes on every rank.
     first, second = ours["rows"]
     assert first == second > 3
+
+
+@pytest.mark.parametrize(("family", "checkpointing"), [("qwen2_5_vl", True), ("llava", False)])
+def test_images_on_two_ranks(tmp_path, family, checkpointing):
+    """Some batches of a rank have no images, some of both ranks: the tower's gradients are exchanged all the same."""
+    settings = {"images": family, "per_device_train_batch_size": 2, "learning_rate": 0.01}
+    settings |= {"train_sampling_strategy": "sequential"}
+    theirs = two_ranks("trl", tmp_path, **settings)
+    ours = two_ranks("preftree", tmp_path, own={"row_length": 64}, gradient_checkpointing=checkpointing, **settings)
+    assert max(differences(theirs, ours)) <= 1e-5

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import yaml
+from accelerate import DistributedType
 from conftest import word_tokenizer
 from datasets import Dataset, Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -256,6 +257,35 @@ def test_what_images_exclude():
     ranked = [{**each, "completions": [each["chosen"], each["rejected"]], "scores": [1.0, 0.0]} for each in pairs(3)]
     with pytest.raises(NotImplementedError, match="columns 'completions' and 'images'"):
         trainer_of(ranked)
+
+
+def test_rows_of_ranks_are_alike_in_images(monkeypatch):
+    """Those with images last, ones without sequences where a rank has fewer; where weights are shared out, or an error."""
+    text = [pair(90 + index, [], "the dog ?", "a cat", "a dog .") for index in range(4)]
+    trainer = trainer_of([*pairs(1), *text], row_length=56)
+    inputs = trainer.data_collator([trainer.train_dataset[index] for index in range(5)])
+    batch = trainer._micro_batch(inputs)
+    assert [row.images is not None for row in batch.rows] == [True, False]
+    prepared = prepared_part(trainer.model)
+    preftree.sequence_logps(trainer.model, batch.rows[0].without_sequences())
+    assert prepared.try_images is not None  # no sequence has been compared with the stock model's
+    loss = trainer._loss(batch, trainer._run(trainer.model, batch))
+    assert prepared.try_images is None
+
+    def of_two(*other):
+        monkeypatch.setattr(type(trainer.args), "world_size", 2)
+        monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([own, torch.tensor([other])]))
+        return trainer._micro_batch(inputs)
+
+    batch = of_two(3, 2)
+    assert [row.images is not None for row in batch.rows] == [False] * 3 + [True] * 2
+    assert [row.num_sequences for row in batch.rows] == [0, 0, 8, 2, 0]
+    assert len(batch.rows[-1].images.sets) == 1
+    torch.testing.assert_close(trainer._loss(batch, trainer._run(trainer.model, batch)), loss)
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.FSDP)
+    assert len(of_two(1, 1).rows) == 2
+    with pytest.raises(NotImplementedError, match="a rank's batch has images and another's has none: with FSDP"):
+        of_two(2, 0)
 
 
 @pytest.mark.parametrize("trainer", ["ORPO", "CPO", "TPO", "KTO", "Reward"])

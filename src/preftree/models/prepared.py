@@ -128,8 +128,8 @@ class PreparedModel:
                 cannot be put together.
         """
         device = row.device
+        self._try_images(row)
         if row.images is not None:
-            self._try_images(row)
             options = row.images.inputs | options
         positions = self._positions(row) if position_ids is None else position_ids
         # What routers say is asked of all tokens; and without any token, the last layer's weights would see no gradient.
@@ -173,7 +173,8 @@ class PreparedModel:
         return output
 
     def _try_images(self, row: PackedRow) -> None:
-        if (check := self.try_images) is None:
+        check, images = self.try_images, row.images
+        if check is None or images is None or max(images.set_of, default=-1) < 0:  # none that a sequence has
             return
         self.try_images = None  # runs the row itself
         try:

@@ -34,6 +34,9 @@ from preftree.trainers.row_length import FitRows
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
 from preftree.trainers.vision import ImageReader
 
+# Ranks of these gather weights together.
+_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
 
 class TreeTrainer(DataPreparation):
     """A trainer of TRL's (the class that stands behind this one among the bases) on packed rows of token trees.
@@ -320,14 +323,20 @@ class TreeTrainer(DataPreparation):
 
     def _aligned(self, batch: MicroBatch) -> MicroBatch:
         """With as many rows as on every other rank: collectives inside the model would wait for ever otherwise."""
-        if self.args.world_size > 1:
-            count = torch.tensor([len(batch.rows)], device=self.args.device)
-            most = int(self.accelerator.gather(count).max())
-            for _ in range(most - len(batch.rows)):
-                # Where images are looked at, every rank looks at some: their part of the model is gathered, too.
-                images = next((row for row in batch.rows if row.images is not None), None)
-                empty = empty_row(len(batch.rows[0]), self._pad_token_id).to(self.args.device)
-                batch.add_empty(empty if images is None else images.without_sequences())
+        if self.args.world_size == 1:
+            return batch
+        seen = batch.rows_with_images
+        own = torch.tensor([[len(batch.rows) - seen, seen]], device=self.args.device)
+        counts = self.accelerator.gather(own)
+        (_, fewest), (without_images, with_images) = torch.stack(counts.aminmax(dim=0)).tolist()
+        if with_images and not fewest and self.accelerator.distributed_type in _SHARDING:
+            raise NotImplementedError(
+                f"a rank's batch has images and another's has none: with {self.accelerator.distributed_type.value} both must "
+                "look at some, for they share out the weights of what looks at images; use DDP, larger batches, or data in "
+                "which all prompts have images"
+            )
+        plain = empty_row(len(batch.rows[0]), self._pad_token_id).to(self.args.device)
+        batch.align(plain, without_images, with_images)
         return batch
 
     def _row_loss(self, model, batch: MicroBatch, number: int) -> torch.Tensor:

@@ -75,11 +75,26 @@ class MicroBatch:
     def examples(self) -> int:
         return len(self.group_sizes)
 
-    def add_empty(self, row: PackedRow) -> None:
-        """Put a row without sequences in front: it adds nothing, but takes part in what ranks do together."""
+    def align(self, plain: PackedRow, without_images: int, with_images: int) -> None:
+        """As many rows of either kind, those with images last: ones without sequences are added to fewer.
+
+        They add nothing, but take part in what ranks do together. A row that is to have images, where none has, has none.
+
+        Args:
+            plain: a row of padding.
+            without_images, with_images: how many rows of either kind there are to be.
+        """
+        rows = sorted(zip(self.rows, self.members, strict=True), key=lambda row: row[0].images is not None)
         none = {name: indices[:0] for name, indices in self.members[0].items()}
-        self.rows.insert(0, row)
-        self.members.insert(0, none)
+        seen = self.rows_with_images
+        more = without_images - (len(rows) - seen)
+        last = plain if not seen else rows[-1][0].without_sequences()
+        rows = [(plain, none)] * more + rows + [(last, none)] * (with_images - seen)
+        self.rows, self.members = [row for row, _ in rows], [members for _, members in rows]
+
+    @property
+    def rows_with_images(self) -> int:
+        return sum(row.images is not None for row in self.rows)
 
     def record(self, row: PackedRow, **values: torch.Tensor) -> None:
         """Keep per-sequence values of a row, ``[n]`` each."""
