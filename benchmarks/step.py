@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -477,7 +477,7 @@ def summarise(measured: dict[str, list[dict[str, Any]]], peak: float | None) -> 
                 listed = ", ".join(f"{ratio:.2f}" for ratio in rounds)
                 print(
                     f"preftree / {other}: {statistics.median(rounds):.2f}x pairs/s (rounds: {listed}), "
-                    f"{ours[f'memory_of_{other}']:.2f}x its memory"
+                    f"{ours[f'memory_of_{other}']:.2f}x its memory, {ours['tflops'] / theirs['tflops']:.3f} of its TFLOP/s"
                 )
     return rows
 
@@ -511,7 +511,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, help="default by device")
     parser.add_argument("--suites", nargs="+", choices=("fixed", "lengths", "growth", "mixed"), help="cases for a GPU")
-    parser.add_argument("--only", default="", help="of a suite, the cases whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="of a suite, the cases whose name contains one of these"
+    )
+    parser.add_argument("--row-length", type=int, help="of preftree's rows, in place of a case's own")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--prompt", type=int, default=500, help="without suites: tokens of a prompt")
     parser.add_argument("--response", type=int, default=60, help="without suites: tokens of a response")
@@ -531,11 +534,14 @@ def main() -> None:
     steps = (options.steps or (6 if options.suites else 2)) + (2 if cuda else 1)
     options.rounds = options.rounds or (1 if options.suites else 2)
     if options.suites:
-        wanted = [case for suite in options.suites for case in cases(suite, steps) if options.only in case.name]
+        every = [case for suite in options.suites for case in cases(suite, steps)]
+        wanted = [case for case in every if any(part in case.name for part in options.only)]
     else:
         size = (options.prompt, options.response, options.response)
         name = f"{options.pairs} pairs of {size} tokens a step, lengths a tenth around"
         wanted = [even(name, options.prompt, options.response, options.pairs, steps, spread=0.1)]
+    if options.row_length:
+        wanted = [replace(case, row_length=options.row_length) for case in wanted]
     if options.side:
         results = run_side(options.side, options.model, wanted, options.started, options.uncompiled, options.profile)
         print(json.dumps(results))
@@ -551,6 +557,8 @@ def main() -> None:
         suites = "_".join(options.suites or ["pairs"])
         if options.suites and options.model != ON_A_GPU:
             suites += f"_{options.model}"
+        if options.row_length:
+            suites += f"_rows_{options.row_length}"
         machine = card.split()[1].lower() if card else "cpu"
         head = f"{options.model}; {versions()}{library_versions()}"
         write(rows, options.out / f"step_{suites}_{machine}.csv", head)
