@@ -306,24 +306,6 @@ ALONG_PATHS: dict[str, tuple[str, dict, tuple[int, int]]] = {
 
 # name: (family prefix, settings, what the error must name)
 REFUSED: dict[str, tuple[str, dict, str]] = {
-    "dynamic-rope": (
-        "Llama",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        "dynamic",
-    ),
-    "longrope": (
-        "Phi3",
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "short_factor": [1.0] * 4,
-                "long_factor": [2.0] * 4,
-                "original_max_position_embeddings": 16,
-            },
-        },
-        "longrope",
-    ),
     "dropout": ("GPT2", _GPT2 | {"resid_pdrop": 0.1}, "dropout"),
     "attention-dropout": ("Llama", {"attention_dropout": 0.1}, "dropout"),
     "router-noise": ("Mixtral", _MOE | {"router_jitter_noise": 0.1}, "in training its forward pass is random"),

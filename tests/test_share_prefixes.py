@@ -600,7 +600,7 @@ def test_wrapped_by_ddp(tmp_path):
 
 
 def test_refused_models_are_left_alone():
-    for name in ("dropout", "longrope", "xlm", "bert-encoder"):
+    for name in ("dropout", "router-noise", "xlm", "bert-encoder"):
         make, expected = refused_model(name)
         model = make()
         before, attention = attributes(model), model.config._attn_implementation

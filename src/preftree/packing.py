@@ -40,6 +40,7 @@ class PackedRow:
             several sequences share is listed once in each.
         scored_lengths: LongTensor ``[n]``, how many of `scored_nodes` belong to each sequence.
         longest_scored: the largest of these, on the host.
+        shortest_sequence, longest_sequence: of `sequence_lengths`, on the host; 0 without sequences.
         predicted_nodes: LongTensor ``[U]``, the scored nodes in order, each once: what the output head is needed for.
         scored_index: LongTensor ``[T]``, the places of `scored_nodes` in `predicted_nodes`.
         read_nodes: LongTensor ``[P]``, the nodes that these are predicted at (their parents) in order, each once.
@@ -65,6 +66,8 @@ class PackedRow:
     scored_nodes: torch.Tensor
     scored_lengths: torch.Tensor
     longest_scored: int
+    shortest_sequence: int
+    longest_sequence: int
     predicted_nodes: torch.Tensor
     scored_index: torch.Tensor
     read_nodes: torch.Tensor
@@ -141,7 +144,8 @@ class PackedRow:
         images = self.images
         if images is not None:
             images = Images(images.sets, [], images.token_inputs)
-        return replace(self, **none, longest_scored=0, images=images, derived={})
+        lengths = {"longest_scored": 0, "shortest_sequence": 0, "longest_sequence": 0}
+        return replace(self, **none, **lengths, images=images, derived={})
 
     def pin_memory(self) -> PackedRow:
         """The same row in page-locked memory (a `DataLoader` calls this with ``pin_memory=True``)."""
@@ -317,6 +321,8 @@ def _lay_out(trees: list[TokenTree], first_sequence: list[int], row_length: int,
         scored_nodes=scored_nodes,
         scored_lengths=torch.tensor([nodes.numel() for nodes in scored], dtype=torch.long),
         longest_scored=max((nodes.numel() for nodes in scored), default=0),
+        shortest_sequence=min(sequence_lengths, default=0),
+        longest_sequence=max(sequence_lengths, default=0),
         predicted_nodes=predicted_nodes,
         scored_index=scored_index,
         read_nodes=read_nodes,

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from preftree.images import Images
 from preftree.models import interface, mixers
 from preftree.models.replaced import forward_replaced, hooked, in_evaluation
+from preftree.models.rotary import by_length, rotary_limits, rotary_parts
 from preftree.models.tables import adding_where_they_lie
 from preftree.packing import PackedRow
 
@@ -40,6 +41,7 @@ class PreparedModel:
         decoder: the backbone, or of one that also looks at images, its part that does not.
         try_images: called with the first row that holds images, to raise what `verify.verify_images` raises; then None.
         cuts_with_images: `last_layer_at_tokens` of rows with images.
+        rotary_limit, rotary_parts: where frequencies of rotary embeddings change with length, and which modules' (`rotary`).
     """
 
     def __init__(self, model: PreTrainedModel, backend: str):
@@ -65,6 +67,8 @@ class PreparedModel:
         self.first_position = 0
         self.try_images: Callable[[PreparedModel, PackedRow], None] | None = None
         self.cuts_with_images = True
+        self.rotary_limit = next(iter(rotary_limits(model.config)), None)
+        self.rotary_parts = list(rotary_parts(self.backbone)) if self.rotary_limit is not None else []
 
     def _forward_now(self) -> Callable[..., Any]:
         """What others (TRL, accelerate) may have put in the stock forward pass's place on this instance."""
@@ -146,6 +150,7 @@ class PreparedModel:
             interface.outside_of_rows(self._beside_the_decoder if row.images is not None else ()),
             mixers.in_checkpoints(self.decoder, active) if self.along_paths else nullcontext(),
             _embedded_at(self.position_embeddings, positions),
+            by_length(self.rotary_limit, self.rotary_parts, row),
         ):
             active.paths_together = self.paths_together
             output = (forward or self.backbone)(

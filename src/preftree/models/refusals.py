@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from preftree.models.prepared import has_score_head
+from preftree.models.rotary import rotary_limits, rotary_parts
 
 ATTENTION_LAYER_TYPES = {
     "full_attention",
@@ -55,17 +56,27 @@ def switched_on_since(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _rope_types(config: PreTrainedConfig, model: torch.nn.Module) -> Iterator[str]:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for value in (parameters, *parameters.values()):
-        if isinstance(value, dict) and isinstance(value.get("rope_type"), str):
-            yield value["rope_type"]
-    for module in model.modules():
-        rope_type = getattr(module, "rope_type", None)
-        if isinstance(rope_type, str):
-            yield rope_type
-        elif isinstance(rope_type, dict):
-            yield from (value for value in rope_type.values() if isinstance(value, str))
+def _rotary_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Of frequencies that change with a sequence's length otherwise than `rotary.by_length` follows."""
+    parts = list(rotary_parts(model))
+    try:
+        limits = rotary_limits(model.config)
+    except ValueError as error:
+        return str(error), "sequences of a batch change each other"
+    if not parts and not limits:
+        return None
+    setting = f"rope_type={next((limit.rope_type for limit in limits), 'dynamic or longrope')!r}"
+    within = {
+        part for module in model.modules() if isinstance(module, torch.nn.ModuleList) for part in module.modules()
+    }
+    if len(limits) != 1 or not parts or not within.isdisjoint(parts):
+        return setting, (
+            "its frequencies change with a sequence's length in a way of this family's own: packed sequences would change "
+            "each other"
+        )
+    if hasattr(model.config, "vision_config"):
+        return setting, "its frequencies change with the largest position, which images count otherwise than text"
+    return None
 
 
 def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
@@ -79,12 +90,8 @@ def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
         return "no output head", (
             "log-probabilities need a causal language model with a head over the vocabulary, rewards a sequence classifier"
         )
-    for rope_type in _rope_types(config, model):
-        if "dynamic" in rope_type or rope_type == "longrope":
-            return (
-                f"rope_type={rope_type!r}",
-                "its frequencies depend on the longest sequence of a batch: packed sequences would change each other",
-            )
+    if (rotary := _rotary_refusal(model)) is not None:
+        return rotary
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         # transformers before 5.18 leaves the cap out in silence there; later versions raise.
         return "attn_implementation='sdpa' with attn_logit_softcapping", (

@@ -20,9 +20,10 @@ from preftree.logprobs import sequence_logps
 from preftree.models import prepare_model, prepared_part
 from preftree.models.products import adding_to_gradients
 from preftree.models.refusals import active_dropout, disable_dropout
+from preftree.models.rotary import rotary_limits
 from preftree.objectives import load_balancing
 from preftree.packing import FEW_LENGTHS, MANY_LENGTHS, PackedRow, empty_row
-from preftree.trainers.checks import IMAGE_COLUMNS, ROW, TEMPLATE_COLUMNS, check_weights, vocabulary_of
+from preftree.trainers.checks import IMAGE_COLUMNS, ROW, TEMPLATE_COLUMNS, check_weights, config_of, vocabulary_of
 from preftree.trainers.collator import TreeBatch, TreeCollator
 from preftree.trainers.config import upgrade
 from preftree.trainers.finite import FiniteLosses
@@ -72,6 +73,7 @@ class TreeTrainer(DataPreparation):
         self._check_arguments(given)
         # TRL's constructor already computes reference log-probabilities, so what that needs is set before it runs.
         self._vocabulary = self._vocabulary_of(given)
+        self._rotary_limit = next(iter(rotary_limits(config_of(given["model"], given["args"]))), None)
         self._user_collator = given.get("data_collator") is not None
         self._batch: MicroBatch | None = None
         self._unread: list[tuple[str, Unread]] = []
@@ -204,6 +206,7 @@ class TreeTrainer(DataPreparation):
             static=self.args.device.type == "cuda",
             lengths=FEW_LENGTHS if may_use_flex(self.args.attention_backend, self.args.device) else MANY_LENGTHS,
             share_prefixes=self.args.share_prefixes,
+            rotary_limit=self._rotary_limit,
             columns=self.columns,
             reference_columns=self.reference_columns,
             reader=self._make_reader(),

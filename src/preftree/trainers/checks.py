@@ -14,9 +14,10 @@ import torch
 from datasets import Dataset, Image, IterableDataset
 from pyarrow import ArrowException
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from preftree.trainers.groups import PAIR_WEIGHTS, SEQUENCES, Layout
+from preftree.models.rotary import RotaryLimit
+from preftree.trainers.groups import PAIR_WEIGHTS, SEQUENCES, Layout, laid_out
 
 logger = logging.getLogger(__name__)
 
@@ -273,6 +274,7 @@ class ExampleCheck:
             whose prompt alone fills max_length has nothing left to learn from: None and "truncate" leave it out.
         share_prefixes: whether the example is one tree, or its sequences lie side by side.
         cuts: whether TRL cuts at max_length (else it leaves out).
+        rotary_limit: of the model.
     """
 
     def __init__(
@@ -284,6 +286,7 @@ class ExampleCheck:
         overlong: str | None,
         share_prefixes: bool = True,
         cuts: bool = True,
+        rotary_limit: RotaryLimit | None = None,
     ):
         self.source = source
         self.vocabulary = vocabulary
@@ -291,6 +294,7 @@ class ExampleCheck:
         self.row_length = row_length
         self.overlong = overlong
         self.share_prefixes = share_prefixes
+        self.rotary_limit = rotary_limit
         self.at_max_length = overlong or ("truncate" if cuts else "drop")
         # Counted, and told by `report`.
         self.identical = 0
@@ -337,6 +341,13 @@ class ExampleCheck:
         ):
             self.without_completion += 1
             return None
+        if (limit := self.rotary_limit) is not None and not limit.may_be_longer:
+            kept = longest if max_length is None else min(longest, max_length)
+            if kept > limit.tokens:
+                raise ValueError(
+                    f"{where}: with rope_type={limit.rope_type!r} what the model computes beyond {limit.tokens} tokens "
+                    f"depends on what it has seen before, and this has {kept}: set max_length to {limit.tokens}"
+                )
         if self.row_length is None:
             return dict(example)
         tokens = self._row_tokens(example, self.layout)
@@ -348,8 +359,7 @@ class ExampleCheck:
         return self._shorten(example, where)
 
     def _row_tokens(self, example: Mapping[str, Any], layout: Layout) -> int:
-        tree = layout.group(example).tree()
-        return len(tree if self.share_prefixes else tree.unshared())
+        return len(laid_out(layout.group(example).tree(), self.share_prefixes, self.rotary_limit))
 
     def _refuse(self, where: str, why: str, overlong: str | None) -> None:
         if overlong == "drop":
@@ -487,7 +497,13 @@ def vocabulary_of(model: Any, args: Any) -> int:
     """Token ids that the model has an embedding for (of a model still to be loaded: by its config)."""
     if not isinstance(model, str):
         return model.get_input_embeddings().num_embeddings
+    return config_of(model, args).get_text_config().vocab_size
+
+
+def config_of(model: Any, args: Any) -> PreTrainedConfig:
+    """A model's configuration, also of one still to be loaded."""
+    if not isinstance(model, str):
+        return model.config
     loading: Any = args.model_init_kwargs or {}
     named = {name: loading[name] for name in ("revision", "gguf_file", "subfolder", "token") if name in loading}
-    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **named)
-    return config.get_text_config().vocab_size
+    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **named)

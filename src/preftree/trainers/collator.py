@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from preftree.models.rotary import RotaryLimit
 from preftree.packing import MANY_LENGTHS, PackedRow, pack, static_length
-from preftree.trainers.groups import RANKED_REFERENCE, SEQUENCES, Group, Layout
+from preftree.trainers.groups import RANKED_REFERENCE, SEQUENCES, Group, Layout, laid_out
 from preftree.trainers.vision import ImageReader, holds_images, place_of
 from preftree.transfer import send
 from preftree.tree import TokenTree
@@ -32,6 +33,7 @@ class TreeCollator:
         static: round a row without a given length up to one of a few lengths, for compiled kernels.
         lengths: how many lengths rows have to each doubling (`static_length`).
         share_prefixes: False lays every sequence out by itself (packed, but nothing shared): the baseline.
+        rotary_limit: of the model: sequences on either side of it share nothing.
         columns: numbers of an example to hand on, fp32 ``[examples]`` each, where the data have them.
         reference_columns: where an example keeps its sequences' reference log-probabilities, one column a sequence. (A
             ranked example has a list of them in one column.)
@@ -57,6 +59,7 @@ class TreeCollator:
     static: bool = False
     lengths: int = MANY_LENGTHS
     share_prefixes: bool = True
+    rotary_limit: RotaryLimit | None = None
     columns: tuple[str, ...] = ()
     reference_columns: tuple[str, ...] = ("ref_chosen_logps", "ref_rejected_logps")
     reader: ImageReader | None = None
@@ -69,7 +72,7 @@ class TreeCollator:
         group = self.reader(example)
         if self.row_length is not None and not self.grows:
             tree = group.tree()
-            tokens = len(tree if self.share_prefixes else tree.unshared())
+            tokens = len(laid_out(tree, self.share_prefixes, self.rotary_limit))
             if tokens > self.row_length:
                 raise ValueError(
                     f"{place_of(example)}: its {tokens} tokens do not fit into row_length={self.row_length}: raise it"
@@ -130,7 +133,7 @@ class TreeCollator:
         trees, sequence_ids = [], []
         for cluster in clusters:
             tree = own_trees[cluster[0]] if len(cluster) == 1 else _merged([groups[index] for index in cluster])
-            trees.append(tree if self.share_prefixes else tree.unshared())
+            trees.append(laid_out(tree, self.share_prefixes, self.rotary_limit))
             sequence_ids += [first_sequence[index] + k for index in cluster for k in range(sizes[index])]
         row_length = self.row_length
         if row_length is None and self.static:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from preftree.images import PromptImages
+from preftree.models.rotary import RotaryLimit
 from preftree.objectives import lambda_weights
 from preftree.tree import TokenTree
 
@@ -65,6 +66,12 @@ class Group:
 
     def tree(self) -> TokenTree:
         return TokenTree.from_sequences(self.sequences, self.prompt_lengths, self.multiplicities, self.images)
+
+
+def laid_out(tree: TokenTree, share_prefixes: bool, limit: RotaryLimit | None) -> TokenTree:
+    """A tree as it stands in a row: side by side where nothing is to be shared, or its sequences' frequencies differ."""
+    shares = share_prefixes and (limit is None or not limit.divides(map(len, tree.paths)))
+    return tree if shares else tree.unshared()
 
 
 def truncate(ids: Sequence[int], prompt_length: int, max_length: int | None, mode: str) -> tuple[list[int], int]:

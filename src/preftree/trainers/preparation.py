@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from transformers import ProcessorMixin, Trainer
 
+from preftree.models.rotary import RotaryLimit
 from preftree.trainers.checks import (
     IMAGE_COLUMNS,
     PAIR_FIELDS,
@@ -45,6 +46,7 @@ class DataPreparation(Trainer):
     cuts_at_max_length = True
     _tokenizer: Any
     _vocabulary: int
+    _rotary_limit: RotaryLimit | None = None
     _has_images = False
 
     if TYPE_CHECKING:  # what TRL's class behind this one has
@@ -125,5 +127,6 @@ class DataPreparation(Trainer):
             overlong=args.overlong,
             share_prefixes=args.share_prefixes,
             cuts=self.cuts_at_max_length,
+            rotary_limit=self._rotary_limit,
         )
         return check_tokenised(regroup(dataset, layout) if ranked else dataset, check)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from preftree.logprobs import sequence_logps
 from preftree.models import prepared_part
+from preftree.models.rotary import RotaryLimit
 from preftree.packing import PackedRow, pack, static_length
 from preftree.tree import TokenTree
 
@@ -116,17 +117,21 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _row(length: int, vocabulary: int) -> PackedRow:
-    """A pair of random tokens that fills a row, three quarters of it prompt."""
+def _row(length: int, vocabulary: int, limit: RotaryLimit | None) -> PackedRow:
+    """A pair of random tokens that fills a row, three quarters of it prompt; several where sequences may not be so long."""
     generator = torch.Generator().manual_seed(length)
 
     def draw(size: int) -> list[int]:
         return torch.randint(0, vocabulary, (size,), generator=generator).tolist()
 
-    prompt = draw(length * 3 // 4)
-    # The first tokens differ: nothing but the prompt is shared.
-    pair = [prompt + [first] + draw(length // 8 - 1) for first in (0, 1)]
-    return pack([TokenTree.from_sequences(pair, [len(prompt)] * 2)], length)[0]
+    count = 1 if limit is None or limit.may_be_longer else -(-length // limit.tokens)
+    trees = []
+    for _ in range(count):
+        prompt = draw(length // count * 3 // 4)
+        # The first tokens differ: nothing but the prompt is shared.
+        pair = [prompt + [first] + draw(length // count // 8 - 1) for first in (0, 1)]
+        trees.append(TokenTree.from_sequences(pair, [len(prompt)] * 2))
+    return pack(trees, length)[0]
 
 
 def peak_bytes(trainer: Any, length: int) -> int:
@@ -135,7 +140,7 @@ def peak_bytes(trainer: Any, length: int) -> int:
     prepared = prepared_part(model)
     if prepared is None:
         raise TypeError(f"{type(model).__name__} hides the model that it wraps: give row_length as a number")
-    row = _row(length, prepared.vocabulary_size)
+    row = _row(length, prepared.vocabulary_size, prepared.rotary_limit)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:
