@@ -144,7 +144,7 @@ class PackedRow:
         images = self.images
         if images is not None:
             images = Images(images.sets, [], images.token_inputs)
-        lengths = {"longest_scored": 0, "shortest_sequence": 0, "longest_sequence": 0}
+        lengths: dict[str, Any] = {"longest_scored": 0, "shortest_sequence": 0, "longest_sequence": 0}
         return replace(self, **none, **lengths, images=images, derived={})
 
     def pin_memory(self) -> PackedRow:
