@@ -1,4 +1,7 @@
-"""One training run on each rank of a launcher: `torchrun ... run_on_ranks.py KIND SETTINGS OUT`; rank 0 saves its end."""
+"""One training run on each rank of a launcher: `torchrun ... run_on_ranks.py KIND SETTINGS OUT`; rank 0 saves its end.
+
+accelerate takes FSDP on accelerators alone: with ``"engine": "fsdp2"`` it is told that it may shard on CPUs, too.
+"""
 
 import copy
 import json
@@ -7,15 +10,42 @@ import sys
 
 import conftest  # noqa: F401 (sets up the environment)
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from preference_data import dataset, examples, text_pairs
+from torch.distributed.fsdp import FSDPModule
 from trl_runs import end_of, train
 from vision_families import build, pair, pairs
 
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+def shard_on_cpus():
+    os.environ.update(FSDP2)
+    init = AcceleratorState.__init__
+
+    def sharding(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = sharding
+
+
 if __name__ == "__main__":
     kind, settings, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+    engine = settings.pop("engine", "ddp")
+    if engine == "fsdp2":
+        shard_on_cpus()
     if family := settings.pop("images", None):
-        # Two batches of the first step, one without images; two without any; two more with some..
+        # Two batches of the first step, one without images; two without any; two more with some.
         data = [pair(90 + index, [], "the dog ?", "a cat", "a dog .") for index in range(6)] + pairs(6)
         order = [0, 1, 6, 7, 2, 3, 4, 5, 8, 2, 9, 10]
         processor, model = build(family)
@@ -24,10 +54,14 @@ if __name__ == "__main__":
     else:
         data = examples(settings.get("method", "DPO"), text_pairs(23))
         trainer = train(kind, settings.pop("model"), dataset(data), **settings)
+    assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
     rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0])
     rows_of_ranks = trainer.accelerator.gather(rows).tolist()
+    end = end_of(trainer)
+    # Sharded weights are put together by all ranks.
+    end["weights"] = {name: getattr(w, "full_tensor", lambda w=w: w)() for name, w in end["weights"].items()}
     if trainer.accelerator.is_main_process:
-        torch.save(end_of(trainer) | {"rows": rows_of_ranks}, out)
+        torch.save(end | {"rows": rows_of_ranks}, out)
     # Leaving by the interpreter's own way, gloo's threads abort a rank now and then.
     trainer.accelerator.wait_for_everyone()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Two processes (gloo, DDP): the same as TRL's two, also where ranks need different numbers of rows."""
+"""Two processes (gloo; DDP, FSDP2): the same as TRL's two, also where ranks need different numbers of rows."""
 
 import json
 import subprocess
@@ -29,8 +29,14 @@ def two_ranks(kind, tmp_path, **settings):
         {"method": "KTO", "learning_rate": 0.01},
         {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01},
         {"method": "Reward", "learning_rate": 1e-3},
+        {"engine": "fsdp2", "gradient_accumulation_steps": 2, "max_steps": -1, "num_train_epochs": 1},
+        {"engine": "fsdp2", "loss_type": ["aot", "sft"], "gradient_checkpointing": True},
+        {"engine": "fsdp2", "method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01},
     ],
-    ids=["accumulation", "two-passes", "orpo", "kto", "kto-cached", "reward"],
+    ids=[
+        *["accumulation", "two-passes", "orpo", "kto", "kto-cached", "reward"],
+        *["fsdp2-accumulation", "fsdp2-two-passes", "fsdp2-kto-cached"],
+    ],
 )
 def test_two_ranks(model_path, tmp_path, settings):
     settings = settings | {"model": model_path, "per_device_train_batch_size": 4}

@@ -158,9 +158,8 @@ class KeysReached(Exception):  # noqa: N818
     """A layer's keys and values: nothing behind them is needed."""
 
 
-@dataclass(eq=False)
 class RowMask:
-    """What layers receive in place of a mask tensor.
+    """What layers receive in place of a mask tensor. (No dataclass: FSDP looks for tensors in the fields of these.)
 
     Attributes:
         active: the row.
@@ -174,18 +173,23 @@ class RowMask:
         at_wanted: the same at `ActiveRow.wanted` alone, from when a layer first asked for it.
     """
 
-    active: ActiveRow
-    attend: Any
-    nodes: torch.Tensor | None = None
-    keys: tuple[torch.Tensor, torch.Tensor] | None = None
-    wants_keys: bool = False
-    stock: Callable[..., torch.Tensor | None] | None = None
-    handle: torch.Tensor | None = field(init=False, default=None)
-    at_wanted: RowMask | None = field(init=False, default=None)
-    by_length: dict[int, torch.Tensor | None] = field(init=False, default_factory=dict)
-
-    def __post_init__(self):
-        self.active.masks.append(self)
+    def __init__(
+        self,
+        active: ActiveRow,
+        attend: Any,
+        nodes: torch.Tensor | None = None,
+        stock: Callable[..., torch.Tensor | None] | None = None,
+    ):
+        self.active = active
+        self.attend = attend
+        self.nodes = nodes
+        self.keys: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.wants_keys = False
+        self.stock = stock
+        self.handle: torch.Tensor | None = None
+        self.at_wanted: RowMask | None = None
+        self.by_length: dict[int, torch.Tensor | None] = {}
+        active.masks.append(self)
         # (What knows tokens is FlexAttention's where there is a GPU.)
         if not self._knows_tokens and not may_use_flex(self.active.backend, self.active.row.device):
             self.handle = operator.register(self, self.active.row.device)

@@ -167,23 +167,8 @@ class TreeTrainer(DataPreparation):
     def _prepare_for_trees(self) -> None:
         """Prepare policy and reference, and put the collator in place; does nothing the second time."""
         for part in (self.model, getattr(self, "ref_model", None)):
-            if part is None or prepared_part(part) is not None:
-                continue
-            if self.args.disable_dropout:
-                disable_dropout(part)
-            elif (found := next(active_dropout(part), None)) is not None:
-                raise ValueError(
-                    f"disable_dropout=False, but {found[0] or 'the model'} has dropout {found[2]}: a shared prefix cannot "
-                    "reproduce separate dropout masks"
-                )
-            prepare_model(
-                self.accelerator.unwrap_model(part, keep_torch_compile=False),
-                self.args.attention_backend,
-                compile=self.args.compiles_layers,
-                activation_memory_budget=self.args.activation_memory_budget,
-            )
-            if (prepared := prepared_part(part)) is not None:
-                prepared.contiguous = getattr(self.args, "activation_offloading", False)
+            if part is not None and prepared_part(part) is None:
+                self._prepare(part)
         if not isinstance(self.data_collator, TreeCollator):
             self._padded = self.data_collator
             if self._has_images and (reader := self._make_reader()) is not None:
@@ -193,6 +178,24 @@ class TreeTrainer(DataPreparation):
                 self.add_callback(FitRows(self))
             if not self._user_collator:
                 self.data_collator = self._trees
+
+    def _prepare(self, part: torch.nn.Module) -> None:
+        """Prepare policy or reference."""
+        if self.args.disable_dropout:
+            disable_dropout(part)
+        elif (found := next(active_dropout(part), None)) is not None:
+            raise ValueError(
+                f"disable_dropout=False, but {found[0] or 'the model'} has dropout {found[2]}: a shared prefix cannot "
+                "reproduce separate dropout masks"
+            )
+        prepare_model(
+            self.accelerator.unwrap_model(part, keep_torch_compile=False),
+            self.args.attention_backend,
+            compile=self.args.compiles_layers,
+            activation_memory_budget=self.args.activation_memory_budget,
+        )
+        if (prepared := prepared_part(part)) is not None:
+            prepared.contiguous = getattr(self.args, "activation_offloading", False)
 
     def _make_reader(self) -> ImageReader | None:
         """What reads examples with images, where there may be some."""

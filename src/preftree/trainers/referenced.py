@@ -31,6 +31,19 @@ class ReferencedTrainer(TreeTrainer):
     """Adds the reference's log-probabilities to the terms of a loss."""
 
     ld_alpha: float | None = None
+    _reference: Any = None
+
+    @property
+    def ref_model(self) -> Any:
+        """The reference, if it is a model of its own."""
+        return self._reference
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        self._reference = model
+        # FSDP shards it in TRL's constructor already: from then on only calls of the model as a whole find its weights.
+        if isinstance(model, PreTrainedModel) and self.is_fsdp_enabled and prepared_part(model) is None:
+            self._prepare(model)
 
     def _check_arguments(self, given: dict[str, Any]) -> None:
         super()._check_arguments(given)
