@@ -52,7 +52,7 @@ if __name__ == "__main__":
         settings["trainer_args"] = {"processing_class": processor, "ref_model": copy.deepcopy(model)}
         trainer = train(kind, lambda: model, Dataset.from_list([data[index] for index in order]), **settings)
     else:
-        data = examples(settings.get("method", "DPO"), text_pairs(23))
+        data = examples(settings.get("method", "DPO"), text_pairs(settings.pop("examples", 23)))
         trainer = train(kind, settings.pop("model"), dataset(data), **settings)
     assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
     rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0])

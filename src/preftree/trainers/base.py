@@ -23,6 +23,7 @@ from preftree.models.refusals import active_dropout, disable_dropout
 from preftree.models.rotary import rotary_limits
 from preftree.objectives import load_balancing
 from preftree.packing import FEW_LENGTHS, MANY_LENGTHS, PackedRow, empty_row
+from preftree.trainers.balance import costs_of, share_out
 from preftree.trainers.checks import IMAGE_COLUMNS, ROW, TEMPLATE_COLUMNS, check_weights, config_of, vocabulary_of
 from preftree.trainers.collator import TreeBatch, TreeCollator
 from preftree.trainers.config import upgrade
@@ -101,6 +102,17 @@ class TreeTrainer(DataPreparation):
     def _additive(self) -> bool:
         """Whether the objective is a sum over rows."""
         return True
+
+    @property
+    def _shares_out(self) -> bool:
+        """Whether a step's examples are shared out over ranks by cost: a loss that is a mean over them does not see it."""
+        return False
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self._shares_out:
+            share_out(loader, costs_of(loader.dataset, self.model.config, self.args.max_length))
+        return loader
 
     @property
     def _aux_coefficient(self) -> float | None:
@@ -332,9 +344,13 @@ class TreeTrainer(DataPreparation):
         if self.args.world_size == 1:
             return batch
         seen = batch.rows_with_images
-        own = torch.tensor([[len(batch.rows) - seen, seen]], device=self.args.device)
-        counts = self.accelerator.gather(own)
-        (_, fewest), (without_images, with_images) = torch.stack(counts.aminmax(dim=0)).tolist()
+        own = [len(batch.rows) - seen, seen, batch.units, batch.normaliser]
+        counts = self.accelerator.gather(torch.tensor([own], dtype=torch.float64, device=self.args.device)).cpu()
+        (_, fewest), (without_images, with_images) = torch.stack(counts[:, :2].aminmax(dim=0)).long().tolist()
+        if self._shares_out:
+            # Ranks' losses are averaged: each counts as much as it has of all examples.
+            batch.weights = batch.weights * (batch.normaliser * self.args.world_size / float(counts[:, 3].sum()))
+            batch.units_of_ranks = counts[:, 2].long().tolist()
         if with_images and not fewest and self.accelerator.distributed_type in _SHARDING:
             raise NotImplementedError(
                 f"a rank's batch has images and another's has none: with {self.accelerator.distributed_type.value} both must "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from preftree.models.rotary import RotaryLimit
-from preftree.packing import MANY_LENGTHS, PackedRow, pack, static_length
+from preftree.packing import MANY_LENGTHS, PackedRow, empty_row, pack, static_length
 from preftree.trainers.groups import RANKED_REFERENCE, SEQUENCES, Group, Layout, laid_out
 from preftree.trainers.vision import ImageReader, holds_images, place_of
 from preftree.transfer import send
@@ -46,7 +46,8 @@ class TreeCollator:
       among the row's sequences, under "unit" the units' numbers in the batch, under "ranking" and "sizes" the ranked
       lists, all LongTensors;
     - ``index`` (LongTensor ``[examples]``), ``group_sizes`` (how many sequences each example has),
-      ``weights`` (fp32 ``[units]``; with them the batch's loss is the sum over its units), ``lists`` (how many);
+      ``weights`` (fp32 ``[units]``; with them the batch's loss is the sum over its units), ``normaliser`` (what they have
+      been divided by), ``lists`` (how many);
     - ``ranked`` (whether the examples are ranked completions);
     - ``tokens`` (scored tokens of each side, over all units) and ``num_tokens`` (of all sequences, prompts included);
     - ``reference`` (fp32 ``[sequences]``) and the columns, where the data have them.
@@ -90,6 +91,8 @@ class TreeCollator:
         return content
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not examples:  # of a step with fewer examples than ranks
+            return TreeBatch(self._nothing())
         batch = self.collate([self.group(example) for example in examples])
         batch["ranked"] = SEQUENCES in examples[0]
         for column in self.columns:
@@ -102,6 +105,25 @@ class TreeCollator:
         if self.padded is not None:
             batch["padded"] = self.padded([dict(example) for example in examples])
         return TreeBatch(batch)
+
+    def _nothing(self) -> dict[str, Any]:
+        """A batch without examples: one row of padding, which takes part in what ranks do together."""
+        row = empty_row(static_length(1, self.lengths), self.pad_token_id)
+        none = {name: torch.zeros(0, dtype=torch.long) for name in (*self.layout.sides, "unit", "ranking", "sizes")}
+        return {
+            "index": torch.zeros(0, dtype=torch.long),
+            "group_sizes": [],
+            "weights": torch.zeros(0),
+            "normaliser": 0.0,
+            "lists": 0,
+            "num_tokens": 0,
+            "tokens": dict.fromkeys(self.layout.sides, 0),
+            "rows": [row],
+            "members": [none],
+            "ranked": False,
+            "reference": torch.zeros(0),
+            **{column: torch.zeros(0) for column in self.columns},
+        }
 
     def from_padded(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The same batch from TRL's padded format, as a collator of the user's gives it."""
@@ -121,6 +143,7 @@ class TreeCollator:
             "index": torch.arange(len(groups)),
             "group_sizes": sizes,
             "weights": torch.tensor([weight / normaliser for group in groups for weight in group.weights]),
+            "normaliser": normaliser,
             "lists": sum(bool(group.ranking) for group in groups),
             "num_tokens": sum(group.num_tokens for group in groups),
             "tokens": {side: sum(_scored(group, side) for group in groups) for side in groups[0].sides},

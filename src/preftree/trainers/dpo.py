@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from preftree.objectives import DPO_LOSSES, MIXING, DPOOptions, Pairs, plackett_
 from preftree.packing import PackedRow
 from preftree.trainers.config import LIST_LOSS, DPOConfig
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import Metrics, entropy, logit_metrics, pair_metrics, token_mean
+from preftree.trainers.metrics import Metrics, entropy, gather_uneven, logit_metrics, pair_metrics, token_mean
 from preftree.trainers.referenced import ReferencedTrainer
 from preftree.trainers.step import MicroBatch, Terms, weighted_logps, wpo_weights
 from preftree.trainers.vision import ImageReader, holds_images, image_token_ids
@@ -94,6 +95,12 @@ class DPOTrainer(ReferencedTrainer, trl.DPOTrainer):
     def _additive(self) -> bool:
         return not MIXING.intersection(self.loss_types)
 
+    @property
+    def _shares_out(self) -> bool:
+        # ("sft" is a mean over tokens, a rank's in TRL.)
+        by_example = self._additive and not {LIST_LOSS, "sft"}.intersection(self.loss_types)
+        return self.args.world_size > 1 and by_example and self._aux_coefficient is None and not self._user_collator
+
     def _policy_terms(self, row: PackedRow, out: Any) -> dict[str, torch.Tensor]:
         return {
             "logps": weighted_logps(out, self.ld_alpha),
@@ -118,7 +125,7 @@ class DPOTrainer(ReferencedTrainer, trl.DPOTrainer):
             chosen_lengths=terms.side("chosen", "lengths"),
             rejected_lengths=terms.side("rejected", "lengths"),
             chosen_plain=terms.side("chosen", "plain"),
-            tokens_per_chosen=batch.tokens["chosen"] / batch.units,
+            tokens_per_chosen=batch.tokens["chosen"] / max(batch.units, 1),
         )
         options = DPOOptions(
             beta=self.beta,
@@ -146,7 +153,7 @@ class DPOTrainer(ReferencedTrainer, trl.DPOTrainer):
                 self.beta * (rejected - batch.side("rejected", "ref")),
                 chosen,
                 rejected,
-                gather,
+                partial(gather_uneven, gather, batch.units_of_ranks),
             ),
         }
 

@@ -69,6 +69,14 @@ def as_floats(metrics: Metrics) -> dict[str, float]:
     return Unread.of(metrics).read()
 
 
+def gather_uneven(gather: Gather, counts: Sequence[int] | None, values: torch.Tensor) -> torch.Tensor:
+    """Values of all ranks, of which each has so many; None if all have as many."""
+    if counts is None:
+        return gather(values)
+    padded = torch.nn.functional.pad(values, (0, max(counts) - len(values)))
+    return torch.cat([own[:count] for own, count in zip(gather(padded).chunk(len(counts)), counts, strict=True)])
+
+
 def mean(values: torch.Tensor, gather: Gather) -> torch.Tensor:
     """Mean over the values of all ranks."""
     return gather(values.flatten()).mean()

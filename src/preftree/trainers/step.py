@@ -28,12 +28,14 @@ class MicroBatch:
         rows: the rows to run.
         members: for each row, its units (see `TreeCollator`).
         weights: fp32 ``[units]``, of the units in the loss.
+        normaliser: what they have been divided by.
         lists: ranked lists in the micro-batch.
         tokens: scored tokens of each side over all units and rows.
         num_tokens: tokens of all sequences, the prompt counted in each.
         group_sizes: how many sequences each example of the data has.
         reference: fp32 ``[sequences]``, cached reference log-probabilities, or None.
         columns: numbers of the data, fp32 ``[examples]`` each.
+        units_of_ranks: how many units each rank has, where ranks share out their examples.
         gradient: the gradient of a loss that is no sum over rows, where a first pass has found it.
         values: what has been recorded of each sequence, by name, detached ``[sequences]``.
         scalars: what has been recorded of the micro-batch as a whole.
@@ -42,12 +44,14 @@ class MicroBatch:
     rows: list[PackedRow]
     members: list[Members]
     weights: torch.Tensor
+    normaliser: float
     lists: int
     tokens: dict[str, int]
     num_tokens: int
     group_sizes: list[int]
     reference: torch.Tensor | None = None
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    units_of_ranks: list[int] | None = None
     gradient: Gradient | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     scalars: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -59,6 +63,7 @@ class MicroBatch:
             rows=list(inputs["rows"]),
             members=list(inputs["members"]),
             weights=inputs["weights"],
+            normaliser=inputs["normaliser"],
             lists=inputs["lists"],
             tokens=inputs["tokens"],
             num_tokens=inputs["num_tokens"],
