@@ -61,7 +61,7 @@ def construct(kind, model, train_dataset, own=None, trainer_args=None, method="D
     config, trainer_class = classes(kind, method)
     extra = (own or {}) if kind == "preftree" else {}
     common = {name: value for name, value in COMMON.items() if name != "beta" or method != "Reward"}
-    args = config(output_dir=tempfile.mkdtemp(), **(common | settings | extra))
+    args = config(**({"output_dir": tempfile.mkdtemp()} | common | settings | extra))
     made = {name: value() if name == "peft_config" else value for name, value in (trainer_args or {}).items()}
     return trainer_class(model() if callable(model) else model, args=args, train_dataset=train_dataset, **made)
 

@@ -291,8 +291,8 @@ def _train(command: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def _checkpoint(args: Any) -> str | None:
-    """The checkpoint to resume from; "true" means the last one in output_dir."""
+def _checkpoint(args: Any) -> str | bool | None:
+    """The checkpoint to resume from; "true" means the last good one in output_dir."""
     asked = args.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("", "false", "none"):
         return None
@@ -300,10 +300,9 @@ def _checkpoint(args: Any) -> str | None:
         if not Path(asked).is_dir():
             raise FileNotFoundError(f"--resume_from_checkpoint {asked}: no such folder")
         return str(asked)
-    last = get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
-    if last is None:
+    if not Path(str(args.output_dir)).is_dir() or get_last_checkpoint(str(args.output_dir)) is None:
         raise FileNotFoundError(f"--resume_from_checkpoint true: there is no checkpoint in {args.output_dir}")
-    return last
+    return True
 
 
 def _plan(command: str, argv: Sequence[str]) -> int:

@@ -8,11 +8,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import get_config_model_id
 
 from preftree.attention import may_use_flex
@@ -23,6 +27,7 @@ from preftree.models.refusals import active_dropout, disable_dropout
 from preftree.models.rotary import rotary_limits
 from preftree.objectives import load_balancing
 from preftree.packing import FEW_LENGTHS, MANY_LENGTHS, PackedRow, empty_row
+from preftree.trainers import checkpoints
 from preftree.trainers.balance import costs_of, share_out
 from preftree.trainers.checks import IMAGE_COLUMNS, ROW, TEMPLATE_COLUMNS, check_weights, config_of, vocabulary_of
 from preftree.trainers.collator import TreeBatch, TreeCollator
@@ -271,6 +276,45 @@ class TreeTrainer(DataPreparation):
         self._batch = None
         self._objects_kept.after_step()
         return self._finite_losses.replace(loss, self.state.global_step)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [checkpoints.to_resume(resume_from_checkpoint, Path(self.args.output_dir))]
+            except ValueError as error:
+                found = [error]
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return super().train(found[0], *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.begin(folder)
+        self.accelerator.wait_for_everyone()
+        # Older ones go when this one is whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.finish(folder)
+        except (OSError, SafetensorError) as error:
+            checkpoints.discard(folder)
+            last, _ = checkpoints.last_good(run)
+            raise OSError(
+                f"checkpoint {folder} could not be written, and what there was of it is gone: {error}. The last good one is "
+                f"{last}: go on with resume_from_checkpoint=True"
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def _inner_training_loop(self, *args, **kwargs):
         self._finite_losses = FiniteLosses(self.args.logging_nan_inf_filter)
