@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import preftree
 
 PAIRS = 40
+STEPS = 20
 
 
 class WithLedger(preftree.DPOTrainer):
@@ -37,8 +38,7 @@ class WithLedger(preftree.DPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         pairs = [int(length) for length in inputs["pair"].tolist()]
-        with Path(self.args.output_dir, "ledger").open("a", encoding="utf-8") as file:
-            file.write(json.dumps([self.state.global_step, pairs]) + "\n")
+        write_down(Path(self.args.output_dir), [self.state.global_step, pairs])
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _make_collator(self):
@@ -52,8 +52,14 @@ class WithLedger(preftree.DPOTrainer):
             self._signature_columns.append("pair")
 
 
+def write_down(folder: Path, entry: list | None) -> None:
+    with (folder / "ledger").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def train(model: str, folder: Path) -> None:
     """The run, from the last good checkpoint if there is one; at its end the folder holds a digest of what it came to."""
+    write_down(folder, None)
     data = dataset(text_pairs(PAIRS)).add_column("pair", list(range(PAIRS)))
     args = preftree.DPOConfig(
         output_dir=str(folder),
@@ -90,42 +96,49 @@ def ledger_of(folder: Path) -> dict[int, list[int]]:
     last = None
     for line in (folder / "ledger").read_text().splitlines():
         try:
-            step, pairs = json.loads(line)
+            entry = json.loads(line)
         except ValueError:  # killed while it wrote this
             continue
-        if step != last or len(steps[step]) >= 4:  # a new step, or this one again (four pairs a step)
+        step, pairs = entry or (None, [])  # a run goes on here
+        if step is not None and step != last:
             steps[step] = []
-        steps[step] += pairs
+        if step is not None:
+            steps[step] += pairs
         last = step
     return steps
 
 
 @dataclass
-class Ended:
-    """How a process ended: whether it was killed, and after how long."""
+class Moment:
+    """So many seconds after a run, from where it went on, has begun so many micro-batches."""
 
-    killed: bool
+    batches: int
     seconds: float
 
 
-def run_whole(model: str, folder: Path) -> Ended:
-    return _run(model, folder, None)
+def moment(draw: random.Random) -> Moment:
+    return Moment(draw.randrange(2 * STEPS), draw.uniform(0, 0.1))
 
 
-def run_killed(model: str, folder: Path, *moments: float) -> int:
-    """Run until the end, killing it after so many seconds, each time that it starts; returns how often it was killed."""
+def run_whole(model: str, folder: Path) -> None:
+    _run(model, folder, None)
+
+
+def run_killed(model: str, folder: Path, *moments: Moment) -> int:
+    """Run until the end, killing it at a moment each time that it starts; returns how often it was killed."""
     kills = 0
-    for moment in (*moments, None):
-        ended = _run(model, folder, moment)
-        kills += ended.killed
-        if not ended.killed:
+    for each in (*moments, None):
+        if not _run(model, folder, each):
             break
+        kills += 1
     return kills
 
 
-def _run(model: str, folder: Path, moment: float | None) -> Ended:
+def _run(model: str, folder: Path, when: Moment | None) -> bool:
+    """Run until the end, or until a process is killed: whether it was."""
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    ledger = folder / "ledger"
+    begun = _lines(ledger)
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -148,11 +161,16 @@ def _run(model: str, folder: Path, moment: float | None) -> Ended:
         if done:
             if status != 0 and not os.WIFSIGNALED(status):
                 raise RuntimeError(f"the run failed: {(folder / 'output').read_text()[-2000:]}")
-            return Ended(os.WIFSIGNALED(status), time.perf_counter() - started)
-        if moment is not None and time.perf_counter() - started >= moment:
+            return os.WIFSIGNALED(status)
+        if when is not None and _lines(ledger) - begun > when.batches:
+            time.sleep(when.seconds)
             os.kill(child, signal.SIGKILL)
-            moment = None
+            when = None
         time.sleep(0.002)
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def tiny_model(folder: Path) -> str:
@@ -174,11 +192,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         model = tiny_model(Path(place) / "model")
         whole = Path(place) / "whole"
-        seconds = run_whole(model, whole).seconds
+        run_whole(model, whole)
         equal = kills = 0
         for number in range(options.runs):
             folder = Path(place) / str(number)
-            kills += run_killed(model, folder, *(draw.uniform(0, seconds) for _ in range(draw.randint(1, 3))))
+            kills += run_killed(model, folder, *(moment(draw) for _ in range(draw.randint(1, 3))))
             same = (folder / "end").read_text() == (whole / "end").read_text()
             equal += same and ledger_of(folder) == ledger_of(whole)
             print(f"run {number}: {equal} of {number + 1} equal, {kills} kills", flush=True)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from kill_and_resume import ledger_of, run_killed, run_whole
+from kill_and_resume import Moment, ledger_of, run_killed, run_whole
 from preference_data import dataset, text_pairs
 from trl_runs import construct
 
@@ -104,16 +104,19 @@ def test_going_on_is_bitwise_the_same(model_path, tmp_path):
         assert checkpoints.to_resume(True, tmp_path / "other").endswith("checkpoint-6")
 
 
-def test_full_disk(model_path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_full_disk(model_path, tmp_path, monkeypatch, late):
+    """Early, among what transformers writes, or late, when nothing is left to write but what the checkpoint holds."""
     trainer = trainer_of(model_path, tmp_path, save_total_limit=1)
-    save = type(trainer)._save_rng_state
+    owner, name = (checkpoints, "finish") if late else (type(trainer), "_save_rng_state")
+    save = getattr(owner, name)
 
-    def full(self, output_dir):
-        if output_dir.endswith("-4"):
+    def full(*args):
+        if str(args[-1]).endswith("-4"):
             raise OSError(28, "No space left on device")
-        save(self, output_dir)
+        save(*args)
 
-    monkeypatch.setattr(type(trainer), "_save_rng_state", full)
+    monkeypatch.setattr(owner, name, full)
     with pytest.raises(
         OSError, match=r"checkpoint-4 could not be written.* No space left .* last good one is .*checkpoint-2"
     ):
@@ -127,11 +130,10 @@ def test_full_disk(model_path, tmp_path, monkeypatch):
 
 def test_killed_runs_end_as_others(model_path, tmp_path):
     """At three moments: early, in between, late. (`python tests/kill_and_resume.py` kills a hundred.)"""
-    expected = run_whole(model_path, tmp_path / "whole")
-    for share in (0.15, 0.5, 0.85):
-        folder = tmp_path / f"killed-{share}"
-        kills = run_killed(model_path, folder, share * expected.seconds)
-        assert kills >= 1
+    run_whole(model_path, tmp_path / "whole")
+    for batches in (1, 10, 27):
+        folder = tmp_path / f"killed-{batches}"
+        assert run_killed(model_path, folder, Moment(batches, 0.01), Moment(5, 0.03)) == 2
         assert ledger_of(folder) == ledger_of(tmp_path / "whole")
         assert (folder / "end").read_text() == (tmp_path / "whole" / "end").read_text()
     steps = ledger_of(tmp_path / "whole")

@@ -26,7 +26,6 @@ def begin(folder: Path) -> None:
     """Mark a checkpoint as one that is being written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _mark(folder).touch()
-    (folder / _FILES).unlink(missing_ok=True)
     _sync(folder.parent)
 
 
