@@ -23,7 +23,7 @@ demo-%: $(VENV)/ready
 	$(RUN) examples/demo.py --method $* --output_dir $(OUT)-$*
 
 test: $(VENV)/ready
-	$(RUN) -m pytest -q -n auto
+	$(RUN) -m pytest -q -n auto --dist loadgroup
 
 test-convergence: $(VENV)/ready
 	$(RUN) -m pytest -q -n auto -m convergence

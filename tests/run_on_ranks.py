@@ -1,6 +1,7 @@
-"""One training run on each rank of a launcher: `torchrun ... run_on_ranks.py KIND SETTINGS OUT`; rank 0 saves its end.
+"""Training runs on each rank of a launcher: `torchrun ... run_on_ranks.py KIND ENGINE RUNS OUT`; rank 0 saves their ends.
 
-accelerate takes FSDP on accelerators alone: with ``"engine": "fsdp2"`` it is told that it may shard on CPUs, too.
+RUNS is JSON, ``{name: settings}``. accelerate takes FSDP on accelerators alone: where ENGINE is "fsdp2" it is told that it may
+shard on CPUs, too.
 """
 
 import copy
@@ -39,29 +40,35 @@ def shard_on_cpus():
     AcceleratorState.__init__ = sharding
 
 
-if __name__ == "__main__":
-    kind, settings, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-    engine = settings.pop("engine", "ddp")
-    if engine == "fsdp2":
-        shard_on_cpus()
+def run(kind, settings):
+    """A trainer at its end."""
     if family := settings.pop("images", None):
         # Two batches of the first step, one without images; two without any; two more with some.
         data = [pair(90 + index, [], "the dog ?", "a cat", "a dog .") for index in range(6)] + pairs(6)
         order = [0, 1, 6, 7, 2, 3, 4, 5, 8, 2, 9, 10]
         processor, model = build(family)
         settings["trainer_args"] = {"processing_class": processor, "ref_model": copy.deepcopy(model)}
-        trainer = train(kind, lambda: model, Dataset.from_list([data[index] for index in order]), **settings)
-    else:
-        data = examples(settings.get("method", "DPO"), text_pairs(settings.pop("examples", 23)))
-        trainer = train(kind, settings.pop("model"), dataset(data), **settings)
-    assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
-    rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0])
-    rows_of_ranks = trainer.accelerator.gather(rows).tolist()
-    end = end_of(trainer)
-    # Sharded weights are put together by all ranks.
-    end["weights"] = {name: getattr(w, "full_tensor", lambda w=w: w)() for name, w in end["weights"].items()}
+        return train(kind, lambda: model, Dataset.from_list([data[index] for index in order]), **settings)
+    data = examples(settings.get("method", "DPO"), text_pairs(settings.pop("examples", 23)))
+    return train(kind, settings.pop("model"), dataset(data), **settings)
+
+
+if __name__ == "__main__":
+    kind, engine, runs, out = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+    if engine == "fsdp2":
+        shard_on_cpus()
+    ends = {}
+    for name, settings in runs.items():
+        print(f"{kind} {engine}: {name}", flush=True)
+        trainer = run(kind, settings)
+        assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
+        rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0])
+        ends[name] = end_of(trainer) | {"rows": trainer.accelerator.gather(rows).tolist()}
+        # Sharded weights are put together by all ranks.
+        weights = ends[name]["weights"]
+        ends[name]["weights"] = {key: getattr(w, "full_tensor", lambda w=w: w)() for key, w in weights.items()}
     if trainer.accelerator.is_main_process:
-        torch.save(end | {"rows": rows_of_ranks}, out)
+        torch.save(ends, out)
     # Leaving by the interpreter's own way, gloo's threads abort a rank now and then.
     trainer.accelerator.wait_for_everyone()
     sys.stderr.flush()

@@ -1,53 +1,93 @@
-"""Two processes (gloo; DDP, FSDP2): the same as TRL's two, also where ranks need different numbers of rows."""
+"""Several processes (gloo; DDP, FSDP2): as TRL's, and as one process, also where ranks need different numbers of rows.
+
+All runs of a launcher's kind are made one after the other by the same processes, whose start takes longer than they do.
+"""
 
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from trl_runs import differences
+from preference_data import dataset, text_pairs
+from trl_runs import differences, end_of, train
+
+pytestmark = pytest.mark.xdist_group("ranks")  # where the processes are started once
 
 SCRIPT = Path(__file__).with_name("run_on_ranks.py")
 
+# name: (engine, settings), two ranks against TRL's two.
+AGAINST_TRL = {
+    "accumulation": ("ddp", {"gradient_accumulation_steps": 2, "max_steps": 1}),
+    "two-passes": ("ddp", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
+    "orpo": ("ddp", {"method": "ORPO", "learning_rate": 0.01}),
+    "kto": ("ddp", {"method": "KTO", "learning_rate": 0.01}),
+    "kto-cached": ("ddp", {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01}),
+    "reward": ("ddp", {"method": "Reward", "learning_rate": 1e-3}),
+    "fsdp2-accumulation": ("fsdp2", {"gradient_accumulation_steps": 2, "max_steps": 1}),
+    "fsdp2-two-passes": ("fsdp2", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
+    "fsdp2-kto-cached": ("fsdp2", {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01}),
+}
+# family: settings of ours alone.
+IMAGES = {"qwen2_5_vl": {"gradient_checkpointing": True}, "llava": {}}
+# name: (engine, ranks, examples, settings), against one process.
+AGAINST_ONE = {
+    "ddp-2": ("ddp", 2, 23, {}),
+    # One example is left for the last step's four ranks.
+    "ddp-4": ("ddp", 4, 17, {"gradient_accumulation_steps": 2}),
+    "fsdp2-2": ("fsdp2", 2, 17, {"loss_type": ["ipo"]}),
+    "fsdp2-4": ("fsdp2", 4, 23, {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
+}
 
-def run_on(ranks, kind, tmp_path, **settings):
-    out = tmp_path / f"{kind}-{ranks}.pt"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*launcher, str(SCRIPT), kind, json.dumps(settings), str(out)]
-    subprocess.run(command, check=True, timeout=300, cwd=SCRIPT.parent)
-    return torch.load(out)
+
+def of_epochs(**settings):
+    return {"learning_rate": 0.003, "beta": 0.1, "max_steps": -1, "num_train_epochs": 2} | settings
 
 
-def two_ranks(kind, tmp_path, **settings):
-    return run_on(2, kind, tmp_path, **settings)
+def runs(model):
+    """Settings of all runs, by kind of trainer, engine and ranks, and by name."""
+    found = defaultdict(dict)
+    for name, (engine, settings) in AGAINST_TRL.items():
+        settings = settings | {"model": model, "per_device_train_batch_size": 4}
+        # TRL's own cache fails there: each rank looks for it in a folder of its own.
+        stock = {key: value for key, value in settings.items() if key != "precompute_ref_log_probs"}
+        found["trl", engine, 2][name] = stock
+        found["preftree", engine, 2][name] = settings | {"own": {"row_length": 64}}
+    for family, own in IMAGES.items():
+        settings = {"images": family, "per_device_train_batch_size": 2, "learning_rate": 0.01}
+        settings |= {"train_sampling_strategy": "sequential"}
+        found["trl", "ddp", 2][family] = settings
+        found["preftree", "ddp", 2][family] = settings | own | {"own": {"row_length": 64}}
+    for name, (engine, ranks, examples, settings) in AGAINST_ONE.items():
+        settings = of_epochs(per_device_train_batch_size=8 // ranks, model=model, examples=examples, **settings)
+        found["preftree", engine, ranks][name] = settings | {"own": {"row_length": 96}}
+    return found
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"gradient_accumulation_steps": 2, "max_steps": 1},
-        {"loss_type": ["aot", "sft"], "gradient_checkpointing": True},
-        {"method": "ORPO", "learning_rate": 0.01},
-        {"method": "KTO", "learning_rate": 0.01},
-        {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01},
-        {"method": "Reward", "learning_rate": 1e-3},
-        {"engine": "fsdp2", "gradient_accumulation_steps": 2, "max_steps": 1},
-        {"engine": "fsdp2", "loss_type": ["aot", "sft"], "gradient_checkpointing": True},
-        {"engine": "fsdp2", "method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01},
-    ],
-    ids=[
-        *["accumulation", "two-passes", "orpo", "kto", "kto-cached", "reward"],
-        *["fsdp2-accumulation", "fsdp2-two-passes", "fsdp2-kto-cached"],
-    ],
-)
-def test_two_ranks(model_path, tmp_path, settings):
-    settings = settings | {"model": model_path, "per_device_train_batch_size": 4}
-    # TRL's own cache fails there: each rank looks for it in a folder of its own.
-    stock = {name: value for name, value in settings.items() if name != "precompute_ref_log_probs"}
-    theirs = two_ranks("trl", tmp_path, **stock)
-    ours = two_ranks("preftree", tmp_path, own={"row_length": 64}, **settings)
+@pytest.fixture(scope="module")
+def end(model_path, tmp_path_factory):
+    """Where a run ended: ``end(kind, engine, ranks, name)``."""
+    every, ends = runs(model_path), {}
+
+    def of(kind, engine, ranks, name):
+        key = (kind, engine, ranks)
+        if key not in ends:
+            out = tmp_path_factory.mktemp("ranks") / "ends.pt"
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            command = [*launcher, str(SCRIPT), kind, engine, json.dumps(every[key]), str(out)]
+            subprocess.run(command, check=True, timeout=600, cwd=SCRIPT.parent)
+            ends[key] = torch.load(out)
+        return ends[key][name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", AGAINST_TRL)
+def test_two_ranks(end, name):
+    engine, settings = AGAINST_TRL[name]
+    theirs, ours = end("trl", engine, 2, name), end("preftree", engine, 2, name)
     metrics, weights = differences(theirs, ours, ("logits/",) if settings.get("method") == "ORPO" else ())
     assert metrics <= 1e-5
     assert weights <= 1e-5
@@ -56,40 +96,20 @@ def test_two_ranks(model_path, tmp_path, settings):
     assert first == second > 3
 
 
-@pytest.mark.parametrize(("family", "checkpointing"), [("qwen2_5_vl", True), ("llava", False)])
-def test_images_on_two_ranks(tmp_path, family, checkpointing):
+@pytest.mark.parametrize("family", IMAGES)
+def test_images_on_two_ranks(end, family):
     """Some batches of a rank have no images, some of both ranks: the tower's gradients are exchanged all the same."""
-    settings = {"images": family, "per_device_train_batch_size": 2, "learning_rate": 0.01}
-    settings |= {"train_sampling_strategy": "sequential"}
-    theirs = two_ranks("trl", tmp_path, **settings)
-    ours = two_ranks("preftree", tmp_path, own={"row_length": 64}, gradient_checkpointing=checkpointing, **settings)
-    assert max(differences(theirs, ours)) <= 1e-5
+    assert max(differences(end("trl", "ddp", 2, family), end("preftree", "ddp", 2, family))) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("engine", "ranks", "examples", "settings"),
-    [
-        ("ddp", 2, 23, {}),
-        ("ddp", 4, 17, {"gradient_accumulation_steps": 2}),  # one example is left for the last step's four ranks
-        ("fsdp2", 2, 17, {"loss_type": ["ipo"]}),
-        ("fsdp2", 4, 23, {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
-    ],
-)
-def test_the_number_of_ranks_changes_nothing(model_path, tmp_path, engine, ranks, examples, settings):
+@pytest.mark.parametrize("name", AGAINST_ONE)
+def test_the_number_of_ranks_changes_nothing(end, model_path, name):
     """Not even where the last step has too few examples: none is repeated, and each counts the same."""
-    settings = {"model": model_path, "examples": examples, "learning_rate": 0.003} | settings
-    settings |= {"max_steps": -1, "num_train_epochs": 2}
-    one = run_on(1, "preftree", tmp_path, per_device_train_batch_size=8, **settings)
-    several = run_on(
-        ranks,
-        "preftree",
-        tmp_path,
-        engine=engine,
-        per_device_train_batch_size=8 // ranks,
-        own={"row_length": 96},
-        **settings,
-    )
-    losses = [[log["loss"] for log in end["history"] if "loss" in log] for end in (one, several)]
+    engine, ranks, examples, settings = AGAINST_ONE[name]
+    settings = of_epochs(per_device_train_batch_size=8, **settings)
+    one = end_of(train("preftree", model_path, dataset(text_pairs(examples)), **settings))
+    several = end("preftree", engine, ranks, name)
+    losses = [[log["loss"] for log in each["history"] if "loss" in log] for each in (one, several)]
     assert len(losses[0]) == len(losses[1]) >= 4
     assert max(abs(a - b) / max(abs(a), 1) for a, b in zip(*losses, strict=True)) <= 1e-6
     # (The first step's rewards are zeros but for rounding, and so the larger one is chance.)
