@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from preference_data import dataset, text_pairs
-from trl_runs import differences, end_of, train
+from trl_runs import construct, differences, end_of, train
 
 pytestmark = pytest.mark.xdist_group("ranks")  # where the processes are started once
 
@@ -46,9 +46,12 @@ def of_epochs(**settings):
     return {"learning_rate": 0.003, "beta": 0.1, "max_steps": -1, "num_train_epochs": 2} | settings
 
 
-def runs(model):
-    """Settings of all runs, by kind of trainer, engine and ranks, and by name."""
+def runs(model, folder):
+    """Settings of all runs, by kind of trainer, engine and ranks, and by name; one saves checkpoints in the folder."""
     found = defaultdict(dict)
+    saved = {"output_dir": str(folder / "saved"), "save_strategy": "steps", "save_steps": 2}
+    saved = of_epochs(model=model, per_device_train_batch_size=4, own={"row_length": 96}) | saved | {"max_steps": 2}
+    found["preftree", "ddp", 2]["saved"] = saved
     for name, (engine, settings) in AGAINST_TRL.items():
         settings = settings | {"model": model, "per_device_train_batch_size": 4}
         # TRL's own cache fails there: each rank looks for it in a folder of its own.
@@ -67,9 +70,14 @@ def runs(model):
 
 
 @pytest.fixture(scope="module")
-def end(model_path, tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def end(model_path, folder, tmp_path_factory):
     """Where a run ended: ``end(kind, engine, ranks, name)``."""
-    every, ends = runs(model_path), {}
+    every, ends = runs(model_path, folder), {}
 
     def of(kind, engine, ranks, name):
         key = (kind, engine, ranks)
@@ -114,5 +122,20 @@ def test_the_number_of_ranks_changes_nothing(end, model_path, name):
     assert max(abs(a - b) / max(abs(a), 1) for a, b in zip(*losses, strict=True)) <= 1e-6
     # (The first step's rewards are zeros but for rounding, and so the larger one is chance.)
     metrics, weights = differences(one, several, ("rewards/accuracies",))
+    assert metrics <= 1e-5
+    assert weights <= 1e-6
+
+
+def test_one_process_goes_on_from_two(end, model_path, folder):
+    """In the middle of an epoch, with the same pairs a step."""
+    end("preftree", "ddp", 2, "saved")
+    settings = of_epochs(per_device_train_batch_size=8)
+    data = dataset(text_pairs(23))
+    resumed = construct("preftree", model_path, data, output_dir=str(folder / "saved"), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    whole = train("preftree", model_path, data, **settings)
+    assert resumed.state.global_step == whole.state.global_step == 6
+    # (Of all steps, and counted since it went on.)
+    metrics, weights = differences(whole, resumed, ("rewards/accuracies", "num_tokens", "train_loss"))
     assert metrics <= 1e-5
     assert weights <= 1e-6
