@@ -230,6 +230,16 @@ def test_words_that_stand_for_images(images, family, token):
         trainer_of([example], family).train()
 
 
+def test_a_chat_template_says_which_row_it_refuses():
+    processor, model = build("llava")
+    refusal = "{% if messages[0].content[-1].text == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    processor.chat_template = refusal + processor.chat_template
+    examples = [*pairs(2), pair(9, [(16, 16)], "no", "a", "a cat")]
+    settings = {"per_device_train_batch_size": 3, "max_steps": 1}
+    with pytest.raises(ValueError, match="row 2: the chat template: not this"):
+        run("preftree", "llava", examples, model=model, arguments={"processing_class": processor}, **settings)
+
+
 def test_files_that_are_not_there():
     dataset = Dataset.from_list(pairs(3)).remove_columns("images").add_column("image", ["a.png", "b.png", "c.png"])
     with pytest.raises(ValueError, match=r"row 0, column 'image': there is no file a\.png"):

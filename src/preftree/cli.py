@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import pickle
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import trl
+import yaml
 from datasets import load_dataset
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -101,7 +103,14 @@ def _parse(command: str, script: type[Any], method: Method, argv: Sequence[str])
     kinds: Any = (script, method.config, trl.ModelConfig, trl.DatasetMixtureConfig)
     parser = trl.TrlParser(kinds, prog=f"preftree {command}")
     parser.set_defaults(**method.defaults)
-    return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    try:
+        return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: not a recipe in plain YAML: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _load_datasets(script: Any, args: Any, mixture: Any, chat_template: bool, method: Method) -> tuple[Any, Any]:
@@ -379,6 +388,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parser.parse_args(arguments[:1]).command
     try:
         return COMMANDS[command](command, arguments[1:])
+    except pickle.UnpicklingError as error:
+        what = "weights or a checkpoint hold pickled objects, which would run code of theirs: save them as safetensors"
+        print(f"preftree {command}: {what} ({_in_one_line(error)[:300]})", file=sys.stderr)
+        return 2
     except (ValueError, NotImplementedError, OSError) as error:
         print(f"preftree {command}: {error}", file=sys.stderr)
         return 2

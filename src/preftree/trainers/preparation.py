@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import ProcessorMixin, Trainer
+from trl import maybe_apply_chat_template
 
 from preftree.models.rotary import RotaryLimit
 from preftree.trainers.checks import (
@@ -26,6 +28,16 @@ from preftree.trainers.checks import (
 )
 from preftree.trainers.groups import Layout
 from preftree.trainers.ranked import flatten, regroup
+
+
+def _refused_by_template(dataset: Any, tokenizer: Any, source: str) -> str:
+    """The first row that a chat template raises an error for."""
+    for row, example in enumerate(dataset):
+        try:
+            maybe_apply_chat_template(example, tokenizer)
+        except TemplateError:
+            return f"{source}, row {row}"
+    return source
 
 
 class DataPreparation(Trainer):
@@ -90,8 +102,14 @@ class DataPreparation(Trainer):
         unlimited = copy.copy(args)
         unlimited.max_length = None
         raw = self._raw(dataset, processing_class, args, dataset_name)
-        tokenised = super()._prepare_dataset(raw, processing_class, unlimited, dataset_name)
-        return self._checked(tokenised, args, source_of(dataset, dataset_name), "completions" in columns_of(dataset))
+        source = source_of(dataset, dataset_name)
+        try:
+            tokenised = super()._prepare_dataset(raw, processing_class, unlimited, dataset_name)
+        except TemplateError as error:
+            raise ValueError(
+                f"{_refused_by_template(raw, processing_class, source)}: the chat template: {error}"
+            ) from error
+        return self._checked(tokenised, args, source, "completions" in columns_of(dataset))
 
     def _with_images(self, dataset, processing_class, args, dataset_name):
         source = source_of(dataset, dataset_name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from preftree.images import PromptImages
@@ -69,6 +70,8 @@ class ImageReader:
             batch = self.collator([given])
         except ValueError as error:
             raise ValueError(f"{where}, its images: {error}") from error
+        except TemplateError as error:
+            raise ValueError(f"{where}: the chat template: {error}") from error
         (group,) = self.layout.from_padded(batch)
         images = self._images(batch, group, where)
         behind = 0 if images is None else images.length
