@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 
+import fuzz
 import pytest
 from preference_data import chat_pairs, text_pairs
 
@@ -96,6 +97,23 @@ def bad(**changes):
         ([{"prompt": "p", "yes": "c", "no": "r"}], r"line 1: there is no column 'chosen' \(columns: prompt, yes, no\)"),
         (["text"], r"line 1: a row must be an object"),
         ([], r"there is no row in it"),
+        (bad(tools=3.5), r"line 2, field 'tools': must be a list of objects, not float '3.5'"),
+        (bad(tools=["search"]), r"line 2, field 'tools': must be a list of objects, not list"),
+        (bad(tools="["), r"line 2, field 'tools': not valid JSON"),
+        (
+            bad(chat_template_kwargs="x"),
+            r"line 2, field 'chat_template_kwargs': must be an object in every row, not str",
+        ),
+        (
+            [row | {"label": value} for row, value in zip(text_pairs(4), (None, "yes", "no", True), strict=True)],
+            r"bad.jsonl, row 3, field 'label': no column can hold such values",
+        ),
+        (bad(tools=[{"a": [[[[[[[[[[[[[1]]]]]]]]]]]]]}]), r"line 2, field 'tools': more than 12 lists in each other"),
+        (
+            [row | {"tools": [{"name": value}]} for row, value in zip(text_pairs(2), ("search", 3), strict=True)],
+            r"bad.jsonl, field 'tools': no column can hold such values",
+        ),
+        (bad(chat_template_kwargs={"a": 1}), r"row 0, field 'chat_template_kwargs' is missing, and other rows have it"),
         (
             [{"chosen": "c", "rejected": "r", "conversations": [{"from": "robot", "value": "x"}]}],
             r"line 1, field 'prompt', message 0: 'from' must be one of",
@@ -130,6 +148,10 @@ def test_broken_files(tmp_path):
     path.write_bytes(good + b"\n" + good.replace(b"prompt", b"pr\xffmpt") + b"\n")
     with pytest.raises(ValueError, match=r"x.jsonl, line 2: invalid UTF-8 at byte 4 \(0xff\)"):
         load_pairs(path)
+    for name in ("x.jsonl", "x.json"):
+        (tmp_path / name).write_bytes(b"[" * 100_000)
+        with pytest.raises(ValueError, match=rf"{name}.*: lists or objects in each other, too many to read"):
+            load_pairs(tmp_path / name)
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x.json, line 1: not valid JSON"):
         load_pairs(tmp_path / "x.json")
@@ -142,11 +164,24 @@ def test_broken_files(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(good * 50)[:30])
     with pytest.raises(ValueError, match="not a complete gzip file"):
         load_pairs(tmp_path / "x.jsonl.gz")
+    damaged = bytearray(gzip.compress(good * 50))
+    damaged[12:16] = b"\xff\xff\xff\xff"
+    (tmp_path / "x.jsonl.gz").write_bytes(damaged)
+    with pytest.raises(ValueError, match="not a complete gzip file"):
+        load_pairs(tmp_path / "x.jsonl.gz")
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(ValueError, match="unknown kind of file"):
         load_pairs(tmp_path / "x.txt")
     with pytest.raises(FileNotFoundError, match=r"none.jsonl: no such file"):
         load_pairs(tmp_path / "none.jsonl")
+
+
+def test_damaged_files_are_refused_with_a_message():
+    """(`python tests/fuzz.py` tries ten thousand.)"""
+    counts = fuzz.run(200, seed=1)
+    assert counts["crashed"] == counts["hung"] == 0
+    assert counts["taken"] > 10
+    assert counts["refused"] > 100
 
 
 def test_folders_and_names(tmp_path):

@@ -6,10 +6,12 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import Dataset, DatasetInfo
 
 from preftree.trainers.checks import IMAGE_COLUMNS, TEMPLATE_COLUMNS, check_columns, check_example
@@ -26,6 +28,8 @@ COLUMNS = (
     *TEMPLATE_COLUMNS,
     *IMAGE_COLUMNS,
 )
+# In each other: what `datasets` does to a column doubles with each.
+_MOST_LISTS = 12
 _TEXT = ("prompt", "chosen", "rejected", "reference", "completion")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -97,6 +101,8 @@ def load_pairs(
         names = ("prompt", *fields, *COLUMNS)
         row = {name: row.get(name) for name in names if row.get(name) is not None or name in fields}
         check_example(row, where, chat_template, fields, ties)
+        if (deep := next((name for name, value in row.items() if _list_depth(value) > _MOST_LISTS), None)) is not None:
+            raise ValueError(f"{where}, field {deep!r}: more than {_MOST_LISTS} lists in each other")
         row |= {name: _found(row[name], path.parent) for name in IMAGE_COLUMNS if name in row}
         for name in ("prompt", *fields):
             kind = type(row.get(name))
@@ -107,12 +113,45 @@ def load_pairs(
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: there is no row in it")
+    if any("chat_template_kwargs" in row for row in rows):  # None in the others, which TRL does not take
+        for number, row in enumerate(rows):
+            if "chat_template_kwargs" not in row:
+                raise ValueError(
+                    f"{path}, row {number}, field 'chat_template_kwargs' is missing, and other rows have it"
+                )
     # (`Dataset.from_list` would keep the first row's fields only.)
-    columns = dict.fromkeys(name for row in rows for name in row)
-    dataset = Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    try:
+        dataset = Dataset.from_dict(columns)
+    except (pyarrow.ArrowException, TypeError, OverflowError) as error:
+        raise ValueError(f"{path}{_mixed(columns)}: no column can hold such values ({error})") from error
     # Later messages about a row name the file by this.
     dataset.info.update(DatasetInfo(dataset_name=str(path)))
     return dataset
+
+
+def _list_depth(value: Any) -> int:
+    """How many lists are in each other; no more than one beyond `_MOST_LISTS` are counted."""
+    depth, level = 0, [value]
+    while level and depth <= _MOST_LISTS:
+        inner = [each for values in level if isinstance(values, list) for each in values]
+        inner += [each for values in level if isinstance(values, dict) for each in values.values()]
+        depth += any(isinstance(values, list) for values in level)
+        level = [each for each in inner if isinstance(each, (list, dict))]
+    return depth
+
+
+def _mixed(columns: dict[str, list[Any]]) -> str:
+    """Where the first column that Arrow does not take changes its kind."""
+    for name, values in columns.items():
+        try:
+            Dataset.from_dict({name: values})
+        except (pyarrow.ArrowException, TypeError, OverflowError):
+            kinds = [type(value) for value in values]
+            first = next((kind for kind in kinds if kind is not type(None)), None)
+            other = next((row for row, kind in enumerate(kinds) if kind not in (first, type(None))), None)
+            return f", field {name!r}" if other is None else f", row {other}, field {name!r}"
+    return ""
 
 
 def _found(image: Any, folder: Path) -> Any:
@@ -135,7 +174,7 @@ def _bytes(path: Path) -> bytes:
     if path.name.endswith(".gz"):
         try:
             return gzip.decompress(data)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a complete gzip file ({error})") from error
     return data
 
@@ -161,6 +200,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             torn = number == len(lines)
             hint = " (the last line has no newline: is the file torn?)" if torn else ""
             raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}{hint}") from error
+        except RecursionError as error:
+            raise ValueError(f"{where}: lists or objects in each other, too many to read") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a row must be an object with fields, not {type(row).__name__}")
         yield where, row
@@ -171,6 +212,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = json.loads(_text(_bytes(path), str(path)))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: lists or objects in each other, too many to read") from error
     if not isinstance(rows, list):
         raise ValueError(
             f"{path}: must hold a list of rows, not {type(rows).__name__} (one row a line? name it .jsonl)"
@@ -197,7 +240,6 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
     import pyarrow.parquet
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -178,6 +179,26 @@ def check_example(
             f"{where}: the data are chats, but the tokenizer has no chat template: set tokenizer.chat_template (for "
             "the command line: --chat_template_path), or give plain text"
         )
+    _check_template_columns(example, where)
+
+
+def _check_template_columns(example: Mapping[str, Any], where: str) -> None:
+    """What a chat template is given beside messages: lists of objects (or these as JSON), and named settings."""
+    tools = example.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"{where}, field 'tools': not valid JSON: {error}") from error
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, Mapping) or callable(tool) for tool in tools)
+    ):
+        raise ValueError(
+            f"{where}, field 'tools': must be a list of objects, not {type(tools).__name__} {str(tools)[:40]!r}"
+        )
+    if "chat_template_kwargs" in example and not isinstance(example["chat_template_kwargs"], Mapping):
+        kind = type(example["chat_template_kwargs"]).__name__
+        raise ValueError(f"{where}, field 'chat_template_kwargs': must be an object in every row, not {kind}")
 
 
 def scores_of(example: Mapping[str, Any], where: str, ties: str = "error") -> list[float]:
