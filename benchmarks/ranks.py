@@ -23,13 +23,6 @@ from preftree.trainers.balance import assign, imbalance
 RANKS = (2, 4, 8, 16, 64, 256, 1024)
 
 
-def costs_of(lengths: np.ndarray, cost: ModelCost) -> np.ndarray:
-    """Of pairs ``[pairs, 3]``: tokens of prompt, chosen and rejected."""
-    prompt, responses = lengths[:, 0], lengths[:, 1:]
-    visible = prompt**2 / 2 + (responses * prompt[:, None] + responses**2 / 2).sum(1)
-    return cost.per_token * lengths.sum(1) + cost.per_pair * visible + cost.per_scored * responses.sum(1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8, help="of a rank and step")
@@ -44,7 +37,8 @@ def main() -> None:
         case = log_normal("", *MEDIANS[options.lengths], options.pairs * ranks, options.steps)
         waits: dict[str, list[float]] = {"at_random": [], "by_cost": []}
         for step in case.lengths:
-            costs = costs_of(np.array(step, dtype=float), cost)
+            lengths = np.array(step, dtype=float)
+            costs = cost.of_prompts(lengths[:, 0], lengths[:, 1:])
             waits["at_random"].append(imbalance(costs.reshape(ranks, -1).sum(1).tolist()))
             waits["by_cost"].append(imbalance([costs[share].sum() for share in assign(costs.tolist(), ranks)]))
         row = {"ranks": ranks, "pairs": options.pairs} | {

@@ -30,6 +30,8 @@ COLUMNS = (
 )
 # In each other: what `datasets` does to a column doubles with each.
 _MOST_LISTS = 12
+# What a column raises for values that it cannot hold.
+_NO_COLUMN = (pyarrow.ArrowException, TypeError, OverflowError)
 _TEXT = ("prompt", "chosen", "rejected", "reference", "completion")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -123,7 +125,7 @@ def load_pairs(
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
     try:
         dataset = Dataset.from_dict(columns)
-    except (pyarrow.ArrowException, TypeError, OverflowError) as error:
+    except _NO_COLUMN as error:
         raise ValueError(f"{path}{_mixed(columns)}: no column can hold such values ({error})") from error
     # Later messages about a row name the file by this.
     dataset.info.update(DatasetInfo(dataset_name=str(path)))
@@ -146,7 +148,7 @@ def _mixed(columns: dict[str, list[Any]]) -> str:
     for name, values in columns.items():
         try:
             Dataset.from_dict({name: values})
-        except (pyarrow.ArrowException, TypeError, OverflowError):
+        except _NO_COLUMN:
             kinds = [type(value) for value in values]
             first = next((kind for kind in kinds if kind is not type(None)), None)
             other = next((row for row, kind in enumerate(kinds) if kind not in (first, type(None))), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -51,6 +52,12 @@ class ModelCost:
         layers = text.num_hidden_layers - len(other_layers(config))
         along_paths = other_layer_types(config) or read_by_index(model)
         return cls(2 * body, 2 * head, 4 * heads * head_size * layers, along_paths)
+
+    def of_prompts(self, prompts: np.ndarray, responses: np.ndarray) -> np.ndarray:
+        """Of trees that share their prompts alone, ``[n]``, by tokens of prompts ``[n]`` and of responses ``[n, k]``."""
+        visible = prompts**2 / 2 + (responses * prompts[:, None] + responses**2 / 2).sum(1)
+        scored = responses.sum(1)
+        return self.per_token * (prompts + scored) + self.per_pair * visible + self.per_scored * scored
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from preftree.images import Images
 from preftree.models import interface, mixers
 from preftree.models.replaced import forward_replaced, hooked, in_evaluation
-from preftree.models.rotary import by_length, rotary_limits, rotary_parts
+from preftree.models.rotary import by_length, rotary_limit, rotary_parts
 from preftree.models.tables import adding_where_they_lie
 from preftree.packing import PackedRow
 
@@ -67,7 +67,7 @@ class PreparedModel:
         self.first_position = 0
         self.try_images: Callable[[PreparedModel, PackedRow], None] | None = None
         self.cuts_with_images = True
-        self.rotary_limit = next(iter(rotary_limits(model.config)), None)
+        self.rotary_limit = rotary_limit(model.config)
         self.rotary_parts = list(rotary_parts(self.backbone)) if self.rotary_limit is not None else []
 
     def _forward_now(self) -> Callable[..., Any]:

@@ -58,6 +58,11 @@ def rotary_limits(config: PreTrainedConfig) -> set[RotaryLimit]:
     return limits
 
 
+def rotary_limit(config: PreTrainedConfig) -> RotaryLimit | None:
+    """That of a model that is not refused: it has one, or none."""
+    return next(iter(rotary_limits(config)), None)
+
+
 def changes_with_length(rope_type: str) -> bool:
     return "dynamic" in rope_type or rope_type == "longrope"
 

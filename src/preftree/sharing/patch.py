@@ -21,7 +21,7 @@ from preftree.models.interface import active_row, runs_as_stock
 from preftree.models.prepare import attach_tree_attention, base_model, detach_tree_attention
 from preftree.models.prepared import ATTRIBUTE, PreparedModel
 from preftree.models.refusals import switched_on_since
-from preftree.models.rotary import rotary_limits
+from preftree.models.rotary import rotary_limit
 from preftree.sharing.arguments import CannotShareError, check_arguments, named_arguments, scores_padding
 from preftree.sharing.padded import MergedBatch, PaddedBatch, merge
 from preftree.sharing.positions import StockPositions, find_stock_positions
@@ -227,10 +227,10 @@ def share_prefixes(model: torch.nn.Module, backend: str = "auto") -> PrefixShari
                 f"for {backend!r}"
             )
         return PrefixSharing(sharing)
-    if limits := rotary_limits(base.config):
+    if (limit := rotary_limit(base.config)) is not None:
         raise NotImplementedError(
             f"{type(base).__name__} (model_type {base.config.model_type!r}) cannot share prefixes of padded batches exactly: "
-            f"rope_type={next(iter(limits)).rope_type!r}: its frequencies depend on the longest row of a batch"
+            f"rope_type={limit.rope_type!r}: its frequencies depend on the longest row of a batch"
         )
     prepared = attach_tree_attention(base, backend)
     try:

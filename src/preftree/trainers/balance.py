@@ -104,14 +104,9 @@ def costs_of(dataset: object, config: PreTrainedConfig, max_length: int | None) 
     except Exception:  # a class that cannot be made of its configuration alone: by tokens
         cost = ModelCost(1.0, 0.0, 0.0)
     limit = np.inf if max_length is None else max_length
-    prompt = np.minimum(_lengths(dataset, "prompt_ids"), limit)
-    tokens, visible, scored = prompt.copy(), prompt * prompt / 2, np.zeros_like(prompt)
-    for side in ("chosen_ids", "rejected_ids"):
-        response = np.minimum(_lengths(dataset, side), limit - prompt)
-        tokens += response
-        visible += response * prompt + response * response / 2
-        scored += response
-    return cost.per_token * tokens + cost.per_pair * visible + cost.per_scored * scored
+    prompts = np.minimum(_lengths(dataset, "prompt_ids"), limit)
+    responses = [np.minimum(_lengths(dataset, side), limit - prompts) for side in ("chosen_ids", "rejected_ids")]
+    return cost.of_prompts(prompts, np.stack(responses, axis=1))
 
 
 def _lengths(dataset: Dataset, column: str) -> np.ndarray:

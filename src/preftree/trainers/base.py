@@ -8,15 +8,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
-from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import get_config_model_id
 
 from preftree.attention import may_use_flex
@@ -24,11 +20,11 @@ from preftree.logprobs import sequence_logps
 from preftree.models import prepare_model, prepared_part
 from preftree.models.products import adding_to_gradients
 from preftree.models.refusals import active_dropout, disable_dropout
-from preftree.models.rotary import rotary_limits
+from preftree.models.rotary import rotary_limit
 from preftree.objectives import load_balancing
 from preftree.packing import FEW_LENGTHS, MANY_LENGTHS, PackedRow, empty_row
-from preftree.trainers import checkpoints
 from preftree.trainers.balance import costs_of, share_out
+from preftree.trainers.checkpoints import KeepsCheckpoints
 from preftree.trainers.checks import IMAGE_COLUMNS, ROW, TEMPLATE_COLUMNS, check_weights, config_of, vocabulary_of
 from preftree.trainers.collator import TreeBatch, TreeCollator
 from preftree.trainers.config import upgrade
@@ -45,7 +41,7 @@ from preftree.trainers.vision import ImageReader
 _SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-class TreeTrainer(DataPreparation):
+class TreeTrainer(KeepsCheckpoints, DataPreparation):
     """A trainer of TRL's (the class that stands behind this one among the bases) on packed rows of token trees.
 
     A micro-batch's examples are merged into trees and packed into rows (`TreeArguments.row_length`), which run one after
@@ -79,7 +75,7 @@ class TreeTrainer(DataPreparation):
         self._check_arguments(given)
         # TRL's constructor already computes reference log-probabilities, so what that needs is set before it runs.
         self._vocabulary = self._vocabulary_of(given)
-        self._rotary_limit = next(iter(rotary_limits(config_of(given["model"], given["args"]))), None)
+        self._rotary_limit = rotary_limit(config_of(given["model"], given["args"]))
         self._user_collator = given.get("data_collator") is not None
         self._batch: MicroBatch | None = None
         self._unread: list[tuple[str, Unread]] = []
@@ -188,8 +184,9 @@ class TreeTrainer(DataPreparation):
                 self._prepare(part)
         if not isinstance(self.data_collator, TreeCollator):
             self._padded = self.data_collator
-            if self._has_images and (reader := self._make_reader()) is not None:
-                self._padded = reader.padded(self.args.max_length)
+            self._reader = self._make_reader()
+            if self._has_images and self._reader is not None:
+                self._padded = self._reader.padded(self.args.max_length)
             self._trees = self._make_collator()
             if self.args.row_length == "auto" and self.args.device.type == "cuda":
                 self.add_callback(FitRows(self))
@@ -229,7 +226,7 @@ class TreeTrainer(DataPreparation):
             rotary_limit=self._rotary_limit,
             columns=self.columns,
             reference_columns=self.reference_columns,
-            reader=self._make_reader(),
+            reader=self._reader,
             padded=self._padded if self.compute_metrics is not None and self.predicts_logits else None,
         )
 
@@ -276,45 +273,6 @@ class TreeTrainer(DataPreparation):
         self._batch = None
         self._objects_kept.after_step()
         return self._finite_losses.replace(loss, self.state.global_step)
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        found: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                found = [checkpoints.to_resume(resume_from_checkpoint, Path(self.args.output_dir))]
-            except ValueError as error:
-                found = [error]
-        if self.args.world_size > 1:
-            broadcast_object_list(found)
-        if isinstance(found[0], ValueError):
-            raise found[0]
-        return super().train(found[0], *args, **kwargs)
-
-    def _save_checkpoint(self, model, trial):
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.begin(folder)
-        self.accelerator.wait_for_everyone()
-        # Older ones go when this one is whole.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoints.finish(folder)
-        except (OSError, SafetensorError) as error:
-            checkpoints.discard(folder)
-            last, _ = checkpoints.last_good(run)
-            raise OSError(
-                f"checkpoint {folder} could not be written, and what there was of it is gone: {error}. The last good one is "
-                f"{last}: go on with resume_from_checkpoint=True"
-            ) from error
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def _inner_training_loop(self, *args, **kwargs):
         self._finite_losses = FiniteLosses(self.args.logging_nan_inf_filter)

@@ -16,10 +16,56 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 _FILES = "preftree_files.json"
 _CHUNK = 1 << 24
+
+
+class KeepsCheckpoints(Trainer):
+    """A trainer that goes on from whole checkpoints, and takes older ones away when a new one is whole."""
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [to_resume(resume_from_checkpoint, Path(self.args.output_dir))]
+            except ValueError as error:
+                found = [error]
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return super().train(found[0], *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            begin(folder)
+        self.accelerator.wait_for_everyone()
+        # Older ones go when this one is whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                finish(folder)
+        except (OSError, SafetensorError) as error:
+            discard(folder)
+            last, _ = last_good(run)
+            raise OSError(
+                f"checkpoint {folder} could not be written, and what there was of it is gone: {error}. The last good one is "
+                f"{last}: go on with resume_from_checkpoint=True"
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
 
 def begin(folder: Path) -> None:
