@@ -1,12 +1,13 @@
 """Training runs on each rank of a launcher: `torchrun ... run_on_ranks.py KIND ENGINE RUNS OUT`; rank 0 saves their ends.
 
-RUNS is JSON, ``{name: settings}``. accelerate takes FSDP on accelerators alone: where ENGINE is "fsdp2" it is told that it may
-shard on CPUs, too.
+ENGINE is "ddp", "fsdp2" or (without a launcher) "none". RUNS is JSON, ``{name: settings}``; on CPUs, unless settings say
+otherwise. accelerate takes FSDP on accelerators alone: it is told that it may shard on CPUs, too.
 """
 
 import copy
 import json
 import os
+import subprocess
 import sys
 
 import conftest  # noqa: F401 (sets up the environment)
@@ -15,6 +16,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from preference_data import dataset, examples, text_pairs
 from torch.distributed.fsdp import FSDPModule
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl_runs import end_of, train
 from vision_families import build, pair, pairs
 
@@ -28,7 +30,6 @@ FSDP2 = {
 
 
 def shard_on_cpus():
-    os.environ.update(FSDP2)
     init = AcceleratorState.__init__
 
     def sharding(self, *args, fsdp_plugin=None, **kwargs):
@@ -38,6 +39,16 @@ def shard_on_cpus():
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = sharding
+
+
+def launch(kind, engine, ranks, runs, out):
+    """Make the runs, and what they left behind, by name; with engine "none" in one process that sees one GPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    one = {"CUDA_VISIBLE_DEVICES": "0"} if engine == "none" else {}
+    start = [sys.executable] if engine == "none" else launcher
+    command = [*start, __file__, kind, engine, json.dumps(runs), str(out)]
+    subprocess.run(command, check=True, timeout=600, env=os.environ | one)
+    return torch.load(out)
 
 
 def run(kind, settings):
@@ -56,17 +67,21 @@ def run(kind, settings):
 if __name__ == "__main__":
     kind, engine, runs, out = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
     if engine == "fsdp2":
-        shard_on_cpus()
+        os.environ.update(FSDP2)
+        if all(settings.get("use_cpu", True) for settings in runs.values()):
+            shard_on_cpus()
     ends = {}
     for name, settings in runs.items():
         print(f"{kind} {engine}: {name}", flush=True)
         trainer = run(kind, settings)
         assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
-        rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0])
+        rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0], device=trainer.args.device)
         ends[name] = end_of(trainer) | {"rows": trainer.accelerator.gather(rows).tolist()}
+        layers = (part for part in trainer.model.modules() if isinstance(part, GradientCheckpointingLayer))
+        ends[name]["compiled"] = all(hasattr(layer, "runs_rows_compiled") for layer in layers)
         # Sharded weights are put together by all ranks.
         weights = ends[name]["weights"]
-        ends[name]["weights"] = {key: getattr(w, "full_tensor", lambda w=w: w)() for key, w in weights.items()}
+        ends[name]["weights"] = {key: getattr(w, "full_tensor", lambda w=w: w)().cpu() for key, w in weights.items()}
     if trainer.accelerator.is_main_process:
         torch.save(ends, out)
     # Leaving by the interpreter's own way, gloo's threads abort a rank now and then.

@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import preftree
 from preftree.attention import Rule, Scores, TreeAttention
 from preftree.models import compiled, interface, operator, products
-from preftree.models.compiled import compile_layers, worth_compiling
+from preftree.models.compiled import compile_layers
+from preftree.models.prepared import prepared_part
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -250,11 +251,22 @@ def test_layers_that_do_not_compile_run_as_they_are(monkeypatch):
         numbers(asked, ROWS[0])
 
 
-def test_nothing_is_compiled_on_a_cpu_unasked():
+@pytest.mark.parametrize(("device", "compiles"), [(None, False), ("cuda", True)])
+def test_unasked_layers_are_compiled_for_a_gpu(monkeypatch, device, compiles):
+    """Also while the weights are on the CPU still, as those are that will be sharded."""
+    monkeypatch.setattr("preftree.models.compiled.has_triton", lambda: True)
     model = exact_model("llama")
-    assert not worth_compiling(model)
-    preftree.prepare_model(model, compile=None)
-    assert not hasattr(model.model.layers[0], "runs_rows_compiled")
+    preftree.prepare_model(model, compile=None, device=device)
+    assert hasattr(model.model.layers[0], "runs_rows_compiled") == compiles
+
+
+def test_a_backend_is_chosen_for_where_rows_will_run(monkeypatch):
+    """And the model is tried where its weights are, by another one."""
+    monkeypatch.setattr("preftree.models.prepare.check_backend", lambda name, device: asked.append((name, device.type)))
+    asked = []
+    model = preftree.prepare_model(exact_model("llama"), backend="flash", device="cuda")
+    assert asked == [("flash", "cuda")]
+    assert prepared_part(model).backend == "flash"
 
 
 def operands(row, heads=4, groups=2, size=8):

@@ -80,6 +80,15 @@ def test_refused_by_name(name):
     assert "forward" not in vars(model)
 
 
+def test_layers_on_several_devices_are_refused():
+    model = exact_model("llama")
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 0}
+    with pytest.raises(NotImplementedError, match=r"device_map \(over 0, 1\): a row lies on one device"):
+        preftree.prepare_model(model)
+    model.hf_device_map = {"": 0}
+    preftree.prepare_model(model)
+
+
 def test_encoder_is_refused_in_coarse_precision_too():
     """What follows a token must not change it at all: rounding is no excuse."""
     model = refused_model("bert-encoder")[0]().to(torch.bfloat16)

@@ -3,20 +3,14 @@
 All runs of a launcher's kind are made one after the other by the same processes, whose start takes longer than they do.
 """
 
-import json
-import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
-import torch
 from preference_data import dataset, text_pairs
+from run_on_ranks import launch
 from trl_runs import construct, differences, end_of, train
 
 pytestmark = pytest.mark.xdist_group("ranks")  # where the processes are started once
-
-SCRIPT = Path(__file__).with_name("run_on_ranks.py")
 
 # name: (engine, settings), two ranks against TRL's two.
 AGAINST_TRL = {
@@ -82,11 +76,7 @@ def end(model_path, folder, tmp_path_factory):
     def of(kind, engine, ranks, name):
         key = (kind, engine, ranks)
         if key not in ends:
-            out = tmp_path_factory.mktemp("ranks") / "ends.pt"
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-            command = [*launcher, str(SCRIPT), kind, engine, json.dumps(every[key]), str(out)]
-            subprocess.run(command, check=True, timeout=600, cwd=SCRIPT.parent)
-            ends[key] = torch.load(out)
+            ends[key] = launch(kind, engine, ranks, every[key], tmp_path_factory.mktemp("ranks") / "ends.pt")
         return ends[key][name]
 
     return of

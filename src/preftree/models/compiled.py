@@ -44,6 +44,8 @@ _DYNAMO: dict[str, Any] = {
     "accumulated_recompile_limit": 1024,
     # A norm's epsilon is a constant and not a tensor that is made at every call.
     "specialize_float": True,
+    # Under DDP, Dynamo would cut graphs where gradients are exchanged, within layers: these are pieces enough.
+    "optimize_ddp": False,
 }
 
 
@@ -77,11 +79,9 @@ def check_memory_budget(memory_budget: float) -> None:
         raise ValueError(f"activation_memory_budget must be between 0 and 1, got {memory_budget}")
 
 
-def worth_compiling(model: torch.nn.Module) -> bool:
-    """Whether layers are compiled where nobody has said: on a GPU with Triton, and weights are not quantised."""
-    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-    quantised = getattr(model, "is_quantized", False)
-    return on_gpu and not quantised and has_triton()
+def worth_compiling(model: torch.nn.Module, device: torch.device) -> bool:
+    """Whether layers are compiled where nobody has said: to run on a GPU with Triton, and weights are not quantised."""
+    return device.type == "cuda" and not getattr(model, "is_quantized", False) and has_triton()
 
 
 def stock_forward(cls: Any) -> Any:

@@ -233,6 +233,7 @@ def prepare_model(
     verify: bool = True,
     compile: bool | None = False,
     activation_memory_budget: float = 1.0,
+    device: torch.device | str | None = None,
 ) -> torch.nn.Module:
     """Let a transformers causal language model run packed rows of trees (see `preftree.sequence_logps`).
 
@@ -257,6 +258,7 @@ def prepare_model(
             on a GPU; layers that cannot be compiled then run as they are, with a warning.
         activation_memory_budget: share of what a compiled layer would keep for its backward pass that it may keep, from 0 to
             1; the rest is computed again there, what takes least operations first.
+        device: where rows will run, if the weights are not there yet (they go to their GPUs when they are sharded).
 
     Returns:
         The same model.
@@ -266,17 +268,18 @@ def prepare_model(
         ValueError: for an unknown backend, a budget outside 0 to 1, or weights that give no finite log-probabilities.
     """
     base = base_model(model)
-    check_backend(backend, base.device)
+    device = base.device if device is None else torch.device(device)
+    check_backend(backend, device)
     check_memory_budget(activation_memory_budget)
-    if (prepared := getattr(base, ATTRIBUTE, None)) is not None:
-        prepared.backend = backend
-    else:
-        prepared = attach_tree_attention(base, backend, verify)
+    if (prepared := getattr(base, ATTRIBUTE, None)) is None:
+        # Tried where the weights are, by a backend that runs there.
+        prepared = attach_tree_attention(base, backend if device.type == base.device.type else "auto", verify)
         if prepared.rounding is not None:
             cut_last_layer(prepared, prepared.rounding)
         setattr(base, ATTRIBUTE, prepared)
         base.forward = MethodType(_tree_aware(type(base).forward), base)
-    if compile or (compile is None and worth_compiling(base)):
+    prepared.backend = backend
+    if compile or (compile is None and worth_compiling(base, device)):
         compile_layers(base, compile is None, activation_memory_budget)
     return model
 

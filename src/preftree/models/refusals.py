@@ -90,6 +90,12 @@ def find_refusal(model: PreTrainedModel) -> tuple[str, str] | None:
         return "no output head", (
             "log-probabilities need a causal language model with a head over the vocabulary, rewards a sequence classifier"
         )
+    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(places) > 1:
+        return f"device_map (over {', '.join(places)})", (
+            "a row lies on one device. Load it on one (CUDA_VISIBLE_DEVICES shows a process one GPU), start a process for "
+            "each GPU with torchrun or accelerate launch, and shard weights that are too large for one with FSDP"
+        )
     if (rotary := _rotary_refusal(model)) is not None:
         return rotary
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from transformers import PreTrainedModel
+from transformers.training_args import ParallelMode
 from trl.trainer.utils import get_config_model_id
 
 from preftree.attention import may_use_flex
@@ -144,6 +145,9 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
                 f"neftune_noise_alpha={args.neftune_noise_alpha}: a shared prefix would get one noise where separate "
                 "sequences get several, of a size that depends on the padded length; leave it unset"
             )
+        if args.parallel_mode == ParallelMode.DISTRIBUTED and (isinstance(model, str) or args.model_init_kwargs):
+            # TRL lets each rank's reference be spread over all GPUs before FSDP shares it out.
+            args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
         for name in ("model", "ref_model"):
             if isinstance(given.get(name), torch.nn.Module):
                 check_weights(given[name], name)
@@ -207,6 +211,7 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
             self.args.attention_backend,
             compile=self.args.compiles_layers,
             activation_memory_budget=self.args.activation_memory_budget,
+            device=self.args.device,
         )
         if (prepared := prepared_part(part)) is not None:
             prepared.contiguous = getattr(self.args, "activation_offloading", False)

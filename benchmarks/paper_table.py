@@ -1,0 +1,395 @@
+"""DPO on several GPUs, TRL's, packed and shared: the table of arXiv 2410.20305, with our figures beside the paper's.
+
+    python benchmarks/paper_table.py --gpus 8 --engine fsdp2 --model llama-3-8b --checkpointing --out benchmarks/results
+    python benchmarks/paper_table.py --gpus 1 2 --model qwen3-1.7b --only UltraFeedback     # how it scales
+    python benchmarks/paper_table.py --gpus 2 --cpu --model tiny --pairs 2 --only TLDR      # what it does, without GPUs
+
+Each side trains by `trainer.train()`, in as many processes as there are GPUs (one GPU: a plain process without any engine),
+on the same random pairs of log-normal lengths (see `step`): random weights in bfloat16, SGD, a separate reference, so many
+pairs a GPU and step. "packed" is preftree with sharing switched off. TRL takes ``--trl-pairs`` at once and accumulates.
+
+Tokens are those of all sequences, each by itself, so that sides compare. MFU counts what a side computes (see `step`). A
+step's seconds are those between the ends of two steps on the GPU; the first steps, which compile, are not counted, and cards
+are heated before those that are. "idle" is from steps after these, watched one by one: the share of a step that the mean rank
+spends without a kernel that computes, "exchange" the part of it in which one exchanges or copies, or waits for others to, and
+"imbalance" the share that the mean rank would wait if ranks met at each step's end alone (by what their computing kernels
+take). "at random" is the imbalance of the same steps if ranks took pairs as they come, by operations. A side that takes longer
+than ``--limit`` says where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from packing import MEDIANS
+from step import PEAK, SIDES, Case, log_normal, operations, random_examples, shape, tiny_tokenizer
+from tables import library_versions, write
+
+# Speed-ups of sharing over packing without it, on 8 H100s with ZeRO-3 (arXiv 2410.20305).
+PAPER = {
+    "Capybara": 1.34,
+    "HH-RLHF": 1.41,
+    "MetaMath-DPO": 1.57,
+    "TLDR": 1.35,
+    "Tulu-HelpSteer": 1.48,
+    "UltraFeedback": 1.17,
+}
+ENGINES = ("ddp", "fsdp2", "zero3")
+# Steps before those that are timed, and those that are watched behind them.
+FIRST, WATCHED = 4, 3
+_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+_ZERO3 = {
+    "zero_optimization": {"stage": 3, "overlap_comm": True, "stage3_prefetch_bucket_size": "auto"},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "bf16": {"enabled": "auto"},
+}
+
+
+def make_case(name: str, pairs: int, gpus: int, steps: int, row_length: int) -> Case:
+    """The steps of all GPUs."""
+    return log_normal(name, *MEDIANS[name], pairs * gpus, steps, row_length=row_length)
+
+
+def tokens_of(case: Case) -> list[int]:
+    """Of each step's sequences."""
+    return [sum(len(parts) * prompt + sum(parts) for prompt, *parts in step) for step in case.lengths]
+
+
+def busy_seconds(events: Any, ranks: int) -> tuple[float, float]:
+    """Seconds in which a kernel computes, and in which one computes or exchanges; with several ranks, behind the first that
+    exchanges, by which they begin together."""
+    import torch
+
+    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    exchanging = [event.time_range.end for event in on_device if event.name.lower().startswith("nccl")]
+    begun = min(exchanging) if ranks > 1 else float("-inf")
+    found = []
+    for left_out in (("nccl", "memcpy", "memset"), ()):
+        busy, until = 0.0, begun
+        kept = [event.time_range for event in on_device if not event.name.lower().startswith(left_out)]
+        for span in sorted(kept, key=lambda span: span.start):
+            busy += max(span.end - max(span.start, until), 0.0)
+            until = max(until, span.end)
+        found.append(busy / 1e6)
+    return found[0], found[1]
+
+
+def watch(steps: int, cuda: bool):
+    """A callback that times steps on the device and, behind these, watches some one by one."""
+    import time
+
+    import torch
+    from cards import heat
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.ends: list[Any] = []
+            self.watched: list[tuple[float, float, float]] = []  # computing, busy, whole
+            self.profiler: Any = None
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step < FIRST + steps:
+                return
+            if cuda:
+                torch.cuda.synchronize()
+                self.profiler = profile(activities=[ProfilerActivity.CUDA])
+                self.profiler.__enter__()
+                if torch.distributed.is_initialized():
+                    torch.distributed.barrier()
+                torch.cuda.synchronize()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step > FIRST + steps:
+                if cuda:
+                    torch.cuda.synchronize()
+                    whole = time.perf_counter() - self.began
+                    self.profiler.__exit__(None, None, None)
+                    self.watched.append((*busy_seconds(self.profiler.events(), args.world_size), whole))
+                return
+            if state.global_step < FIRST:
+                return
+            if cuda:
+                if state.global_step == FIRST:
+                    heat(3.0)
+                self.ends.append(torch.cuda.Event(enable_timing=True))
+                self.ends[-1].record()
+            else:
+                self.ends.append(time.perf_counter())
+
+        def seconds(self) -> list[float]:
+            if not cuda:
+                return [other - one for one, other in pairwise(self.ends)]
+            torch.cuda.synchronize()
+            return [one.elapsed_time(other) / 1e3 for one, other in pairwise(self.ends)]
+
+    return Watch()
+
+
+def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Train in this process, one of several perhaps, and what was measured (the same on all ranks)."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    import preftree
+    from preftree.plan import ModelCost
+    from preftree.trainers.balance import imbalance
+
+    warnings.simplefilter("ignore")
+    cuda = not options.cpu
+    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(rank)
+    config = model_shape(options.model)
+    library = trl if side == "trl" else preftree
+    own: dict[str, Any] = {"row_length": case.row_length, "share_prefixes": side == "preftree"}
+    at_once = min(options.trl_pairs, options.pairs) if side == "trl" else options.pairs
+    args = library.DPOConfig(
+        **({} if side == "trl" else own),
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=options.pairs // at_once,
+        num_train_epochs=1,
+        optim="sgd",
+        learning_rate=1e-6,
+        logging_steps=1000,
+        report_to="none",
+        bf16=False,  # the weights are: no autocast
+        use_cpu=not cuda,
+        gradient_checkpointing=options.checkpointing,
+        ddp_find_unused_parameters=False,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=2 if cuda else 0,
+        max_length=None,
+        disable_tqdm=True,
+        save_strategy="no",
+        **({"deepspeed": _ZERO3} if options.engine == "zero3" and ranks > 1 else {}),
+    )
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        with torch.device("cuda" if cuda else "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
+        model.generation_config.pad_token_id = 0
+        models.append(model)
+
+    tokenised = Dataset.from_list(
+        [
+            example
+            for number, step in enumerate(case.lengths)
+            for example in random_examples(step, number, config.vocab_size, False, False)
+        ]
+    )
+
+    class Trainer(library.DPOTrainer):
+        def _prepare_dataset(self, *given):
+            return tokenised
+
+    watched = watch(len(case.lengths) - FIRST - WATCHED, cuda)
+    trainer = Trainer(
+        models[0],
+        ref_model=models[1],
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": "2 ", "chosen": "3", "rejected": "4"}]),
+        processing_class=tiny_tokenizer(config.vocab_size),
+        callbacks=[watched],
+    )
+    del models, model
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+
+    cost = ModelCost.from_config(config)
+    device = trainer.args.device
+    seconds, until = watched.seconds(), len(case.lengths) - WATCHED
+    tokens = tokens_of(case)[FIRST:until]
+    median = statistics.median(seconds)
+    result = {
+        "case": case.name,
+        "side": side,
+        "gpus": ranks,
+        "engine": options.engine if ranks > 1 else "",
+        "seconds": median,
+        "pairs_per_s": case.pairs * len(seconds) / sum(seconds),
+        "tokens_per_s_per_gpu": sum(tokens) / sum(seconds) / ranks,
+        "tflops_per_gpu": operations(case, cost, side) * len(seconds) / sum(seconds) / ranks / 1e12,
+    }
+    if cuda:
+        peaks = trainer.accelerator.gather(torch.tensor([torch.cuda.max_memory_allocated() / 1e9], device=device))
+        times_RS3 = trainer.accelerator.gather(torch.tensor(watched.watched, device=device)[None]).cpu()
+        computing_RS, busy_RS, whole_RS = times_RS3.unbind(-1)
+        whole_S = whole_RS.amax(0)
+        result |= {
+            "peak_gb": peaks.max().item(),
+            "idle": float((1 - computing_RS.mean(0) / whole_S).mean()),
+            "exchange": float(((busy_RS - computing_RS).mean(0) / whole_S).mean()),
+            "imbalance": statistics.mean(imbalance(step) for step in computing_RS.T.tolist()),
+        }
+    waits = []
+    for step in case.lengths[FIRST:until]:
+        lengths = np.array(step, dtype=float)
+        costs = cost.of_prompts(lengths[:, 0], lengths[:, 1:])
+        waits.append(imbalance(costs.reshape(-1, ranks).sum(0).tolist()))
+    return result | {"at_random": statistics.mean(waits)}
+
+
+def model_shape(name: str):
+    if name != "llama-3-8b":
+        return shape(name)
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+
+
+def launch(side: str, name: str, gpus: int, options: argparse.Namespace) -> dict[str, Any] | None:
+    """One side of a case in processes of its own; None if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        worker = [__file__, *sys.argv[1:], "--worker", side, name, str(gpus), str(out)]
+        start = [sys.executable]
+        environment = dict(os.environ)
+        if gpus == 1:
+            environment["CUDA_VISIBLE_DEVICES"] = "0"
+        else:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+            if options.engine == "fsdp2":
+                environment |= _ACCELERATE
+        try:
+            status = subprocess.run([*start, *worker], env=environment, timeout=options.limit).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{name}, {side}, {gpus} GPUs: stopped after {options.limit} s", file=sys.stderr)
+            return None
+        if status or not out.is_file():
+            print(f"{name}, {side}, {gpus} GPUs: failed with exit status {status}", file=sys.stderr)
+            return None
+        return json.loads(out.read_text())
+
+
+def show(row: dict[str, Any], peak: float | None) -> None:
+    shares = {"MFU": row["tflops_per_gpu"] / peak if peak else None}
+    shares |= {name: row.get(name) for name in ("idle", "exchange", "imbalance", "at_random")}
+    shown = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share is not None)
+    print(
+        f"{row['case']:<16}{row['side']:<10}{row['gpus']} x: {row['pairs_per_s']:.2f} pairs/s, "
+        f"{row['tokens_per_s_per_gpu']:,.0f} tokens/s a GPU, {row.get('peak_gb', 0):.1f} GB, {shown}",
+        flush=True,
+    )
+
+
+def compare(rows: list[dict[str, Any]], cases: list[Case], model: str) -> None:
+    """Each case's ratios, beside what operations allow and the paper's, and how it scales."""
+    from preftree.plan import ModelCost
+
+    cost = ModelCost.from_config(model_shape(model))
+    found = {(row["case"], row["gpus"], row["side"]): row for row in rows}
+    for case in cases:
+        ideal = operations(case, cost, "packed") / operations(case, cost, "preftree")
+        for gpus in dict.fromkeys(row["gpus"] for row in rows):
+            ours = found.get((case.name, gpus, "preftree"))
+            for other in ("packed", "trl"):
+                theirs = found.get((case.name, gpus, other))
+                if ours is None or theirs is None:
+                    continue
+                ours[f"over_{other}"] = ratio = ours["pairs_per_s"] / theirs["pairs_per_s"]
+                line = f"{case.name}, {gpus} GPUs: preftree / {other} {ratio:.2f}x"
+                if other == "packed":
+                    ours |= {"operations": ideal, "paper": PAPER[case.name]}
+                    line += f" (operations {ideal:.2f}x: {ratio / ideal:.3f} of it; the paper {PAPER[case.name]}x)"
+                print(line)
+        for side in SIDES:
+            one = found.get((case.name, 1, side))
+            for gpus in sorted({row["gpus"] for row in rows} - {1}):
+                if one is not None and (several := found.get((case.name, gpus, side))) is not None:
+                    several["of_one_gpu"] = several["tokens_per_s_per_gpu"] / one["tokens_per_s_per_gpu"]
+                    print(
+                        f"{case.name}, {side}: a GPU of {gpus} does {several['of_one_gpu']:.3f} of what one alone does"
+                    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", nargs="+", type=int, default=[8])
+    parser.add_argument("--engine", choices=ENGINES, default="fsdp2", help="of several GPUs")
+    parser.add_argument("--model", choices=("llama-3-8b", "qwen3-1.7b", "tiny"), default="llama-3-8b")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--only", nargs="+", choices=MEDIANS, default=list(MEDIANS), help="distributions")
+    parser.add_argument("--pairs", type=int, default=64, help="of a GPU and step")
+    parser.add_argument("--trl-pairs", type=int, default=4, help="that TRL takes at once")
+    parser.add_argument("--row-length", type=int, default=16384, help="of preftree's rows, at most")
+    parser.add_argument("--steps", type=int, default=4, help="that are timed")
+    parser.add_argument("--checkpointing", action="store_true", help="activations are computed again")
+    parser.add_argument("--cpu", action="store_true", help="by gloo, to try the script")
+    parser.add_argument("--limit", type=int, default=600, help="seconds of a side and case")
+    parser.add_argument("--out", type=Path, help="folder for a CSV")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.pairs % min(options.trl_pairs, options.pairs):
+        raise SystemExit("--trl-pairs must divide --pairs")
+    steps = FIRST + options.steps + WATCHED
+    if options.worker:
+        side, name, gpus, out = options.worker
+        faulthandler.dump_traceback_later(0.9 * options.limit)
+        result = train(side, make_case(name, options.pairs, int(gpus), steps, options.row_length), options)
+        if int(os.environ.get("RANK", 0)) == 0:
+            Path(out).write_text(json.dumps(result))
+        sys.stderr.flush()
+        os._exit(0)  # leaving by the interpreter's own way, gloo's threads abort a rank now and then
+    import torch
+
+    from preftree.report import versions
+
+    card = "" if options.cpu else torch.cuda.get_device_name()
+    peak = next((rate for kind, rate in PEAK.items() if kind in card), None)
+    head = f"{options.model}, {options.engine}, {options.pairs} pairs a GPU and step; {versions()}{library_versions()}"
+    print(head, flush=True)
+    rows = []
+    for name in options.only:
+        for gpus in options.gpus:
+            for side in options.sides:
+                if (row := launch(side, name, gpus, options)) is not None:
+                    rows.append(row)
+                    show(row, peak)
+    cases = [make_case(name, options.pairs, max(options.gpus), steps, options.row_length) for name in options.only]
+    compare(rows, cases, options.model)
+    if options.out:
+        machine = card.split()[1].lower() if card else "cpu"
+        count = "_".join(map(str, options.gpus))
+        write(rows, options.out / f"paper_table_{options.model}_{options.engine}_{count}_{machine}.csv", head)
+    if not rows:
+        raise SystemExit("nothing ran")
+
+
+if __name__ == "__main__":
+    main()

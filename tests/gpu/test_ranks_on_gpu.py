@@ -1,0 +1,70 @@
+"""Ranks on GPUs (NCCL), one on each that there is, DDP and FSDP2: as one process; sharded layers run compiled, too."""
+
+import pytest
+import torch
+from conftest import word_tokenizer
+from families import EXACT, build
+from run_on_ranks import launch
+from trl_runs import differences
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+EXAMPLES = 23
+SETTINGS = {
+    "exact": {"compile_layers": False},
+    "compiled": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "cached": {"precompute_ref_log_probs": True},
+    "bf16": {"bf16": True, "attention_backend": "flash"},
+}
+OWN = ("attention_backend", "compile_layers")
+# Of logged metrics (relative above 1), and of weights relative to their largest entry.
+CLOSE = {"bf16": (0.05, 0.01)}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A tiny Qwen3 whose heads are large enough for all kernels."""
+    folder, tokenizer = tmp_path_factory.mktemp("tiny-qwen3"), word_tokenizer()
+    family, settings = EXACT["qwen3"]
+    settings = settings | {"vocab_size": len(tokenizer), "hidden_size": 256, "head_dim": 64, "eos_token_id": 1}
+    build(family, settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def runs(path, ranks):
+    """Settings of all runs, by name."""
+    common = {"model": path, "examples": EXAMPLES, "use_cpu": False, "tf32": False, "learning_rate": 1e-3, "beta": 0.1}
+    common |= {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 8 // ranks}
+    found = {}
+    for name, settings in SETTINGS.items():
+        own = {key: value for key, value in settings.items() if key in OWN}
+        rest = {key: value for key, value in settings.items() if key not in OWN}
+        found[name] = common | rest | {"own": {"row_length": 96} | own}
+    return found
+
+
+@pytest.fixture(scope="module")
+def ends(path, tmp_path_factory):
+    made = {}
+
+    def of(engine, name):
+        if engine not in made:
+            ranks = min(torch.cuda.device_count(), 2) if engine != "none" else 1
+            out = tmp_path_factory.mktemp("ranks") / "ends.pt"
+            made[engine] = launch("preftree", engine, ranks, runs(path, ranks), out)
+        return made[engine][name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_as_one_process(ends, engine, name):
+    one, several = ends("none", name), ends(engine, name)
+    assert one["compiled"] == several["compiled"] == (name != "exact")
+    metrics, weights = differences(one, several, ("rewards/accuracies",))
+    most_metrics, most_weights = CLOSE.get(name, (2e-4, 1e-5))
+    assert metrics <= most_metrics
+    assert weights <= most_weights
