@@ -4,11 +4,16 @@ All runs of a launcher's kind are made one after the other by the same processes
 """
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
+import torch
 from preference_data import dataset, text_pairs
 from run_on_ranks import launch
+from torch import distributed
 from trl_runs import construct, differences, end_of, train
+
+from preftree.trainers.ranks import HostExchange
 
 pytestmark = pytest.mark.xdist_group("ranks")  # where the processes are started once
 
@@ -114,6 +119,25 @@ def test_the_number_of_ranks_changes_nothing(end, model_path, name):
     metrics, weights = differences(one, several, ("rewards/accuracies",))
     assert metrics <= 1e-5
     assert weights <= 1e-6
+
+
+def exchange(rank, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    # (Of ranks on GPUs, whose own collectives take no numbers of hosts.)
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cuda", rank), gather=None)
+    hosts = HostExchange(accelerator, timeout=60)
+    found = [hosts.gather([rank + 1, 2.5]), hosts.gather([2**53 - rank])]
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_hosts_of_gpus_exchange_numbers(tmp_path):
+    torch.multiprocessing.spawn(exchange, (tmp_path,), nprocs=2)
+    for rank in (0, 1):
+        first, second = torch.load(tmp_path / f"{rank}.pt")
+        assert first.tolist() == [[1, 2.5], [2, 2.5]]
+        assert second.tolist() == [[2**53], [2**53 - 1]]
+    alone = HostExchange(SimpleNamespace(num_processes=1, device=torch.device("cpu")), timeout=60)
+    assert alone.gather([3, 4]).tolist() == [[3, 4]]
 
 
 def test_one_process_goes_on_from_two(end, model_path, folder):

@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from preftree.trainers.garbage import ObjectsKept
 from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
 from preftree.trainers.metrics import Metrics, Unread, mean
 from preftree.trainers.preparation import DataPreparation
+from preftree.trainers.ranks import HostExchange
 from preftree.trainers.row_length import FitRows
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
 from preftree.trainers.vision import ImageReader
@@ -239,6 +240,11 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         """Pack micro-batches into rows of so many tokens from now on, or of the longest tree in them."""
         self._trees.row_length, self._trees.grows = length, True
 
+    @cached_property
+    def exchange(self) -> HostExchange:
+        """What ranks tell each other of what their hosts know."""
+        return HostExchange(self.accelerator, self.args.ddp_timeout)
+
     @property
     def _pad_token_id(self) -> int:
         tokenizer: Any = getattr(self, "_tokenizer", self.processing_class)
@@ -266,8 +272,8 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         for number in range(len(batch.rows)):
             # Gradients are exchanged between ranks once, with the last row.
             last = number == len(batch.rows) - 1
-            exchange = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-            with exchange, adding_to_gradients(self.accelerator.distributed_type == DistributedType.NO):
+            together = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            with together, adding_to_gradients(self.accelerator.distributed_type == DistributedType.NO):
                 loss = loss + super().training_step(model, {"row": number}, num_items_in_batch)
             batch.rows[number].derived.clear()
         if batch.gradient is not None:
@@ -351,8 +357,8 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         if self.args.world_size == 1:
             return batch
         seen = batch.rows_with_images
-        own = [len(batch.rows) - seen, seen, batch.units, batch.normaliser]
-        counts = self.accelerator.gather(torch.tensor([own], dtype=torch.float64, device=self.args.device)).cpu()
+        counts = self.exchange.gather([len(batch.rows) - seen, seen, batch.units, batch.normaliser, batch.num_tokens])
+        batch.tokens_of_ranks = int(counts[:, 4].sum())
         (_, fewest), (without_images, with_images) = torch.stack(counts[:, :2].aminmax(dim=0)).long().tolist()
         if self._shares_out:
             # Ranks' losses are averaged: each counts as much as it has of all examples.
@@ -430,7 +436,7 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
             values["aux_loss"] = mean(batch.scalars["aux_loss"], self.accelerator.gather)
         self._keep_metrics(values, mode)
         if mode == "train":
-            self._total_train_tokens += self._over_ranks(batch.num_tokens) // self._tp_size
+            self._total_train_tokens += batch.tokens_of_ranks // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _keep_metrics(self, values: Metrics, mode: str) -> None:
@@ -450,12 +456,6 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
             self._finite_losses.begin(self.state.global_step)
         return super().log(logs, *args, **kwargs)
 
-    def _over_ranks(self, count: int) -> int:
-        """Sum of a number over all ranks; one rank does not ask its device for what it knows."""
-        if self.args.world_size == 1:
-            return count
-        return int(self.accelerator.gather(torch.tensor([count], device=self.args.device)).sum())
-
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
         """`include_num_input_tokens_seen`: the tokens of TRL's padded batch, or ("non_padding") of its sequences."""
         if "rows" not in inputs or self.args.include_num_input_tokens_seen == "no":
@@ -465,7 +465,7 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
             longest = max(int(row.sequence_lengths.max()) for row in inputs["rows"])
             multiple = getattr(self._padded, "pad_to_multiple_of", None) or 1
             count = len(inputs["weights"]) * len(self._trees.layout.sides) * -(-longest // multiple) * multiple
-        self.state.num_input_tokens_seen += self._over_ranks(count)
+        self.state.num_input_tokens_seen += int(self.exchange.gather([count]).sum())
         return None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

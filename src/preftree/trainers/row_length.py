@@ -169,8 +169,6 @@ class FitRows(TrainerCallback):
             length = fitting_length(lambda tokens: peak_bytes(trainer, tokens), free)
         finally:
             trainer.model.train(was_training)
-        if args.world_size > 1:
-            lengths = trainer.accelerator.gather(torch.tensor([length], device=args.device))
-            length = int(lengths.min())
+        length = int(trainer.exchange.gather([length]).min())
         logger.info(f"row_length='auto': rows of {length} tokens fit into {free / 1e9:.1f} GB")
         trainer.use_rows_of(length)

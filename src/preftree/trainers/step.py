@@ -36,6 +36,7 @@ class MicroBatch:
         reference: fp32 ``[sequences]``, cached reference log-probabilities, or None.
         columns: numbers of the data, fp32 ``[examples]`` each.
         units_of_ranks: how many units each rank has, where ranks share out their examples.
+        tokens_of_ranks: `num_tokens` of all ranks.
         gradient: the gradient of a loss that is no sum over rows, where a first pass has found it.
         values: what has been recorded of each sequence, by name, detached ``[sequences]``.
         scalars: what has been recorded of the micro-batch as a whole.
@@ -52,6 +53,7 @@ class MicroBatch:
     reference: torch.Tensor | None = None
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
     units_of_ranks: list[int] | None = None
+    tokens_of_ranks: int = 0
     gradient: Gradient | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     scalars: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class MicroBatch:
             lists=inputs["lists"],
             tokens=inputs["tokens"],
             num_tokens=inputs["num_tokens"],
+            tokens_of_ranks=inputs["num_tokens"],
             group_sizes=inputs["group_sizes"],
             reference=inputs.get("reference"),
             columns={name: inputs[name] for name in columns if name in inputs},
