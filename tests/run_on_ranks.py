@@ -1,7 +1,8 @@
 """Training runs on each rank of a launcher: `torchrun ... run_on_ranks.py KIND ENGINE RUNS OUT`; rank 0 saves their ends.
 
-ENGINE is "ddp", "fsdp2" or (without a launcher) "none". RUNS is JSON, ``{name: settings}``; on CPUs, unless settings say
-otherwise. accelerate takes FSDP on accelerators alone: it is told that it may shard on CPUs, too.
+ENGINE is "ddp", "fsdp2", "fsdp2-lean" (where one rank loads weights for all), "zero1" to "zero3", or (without a launcher)
+"none". RUNS is JSON, ``{name: settings}``; on CPUs, unless settings say otherwise. accelerate takes FSDP on accelerators: it
+is told that it may shard on CPUs, too.
 """
 
 import copy
@@ -29,6 +30,24 @@ FSDP2 = {
 }
 
 
+def zero(stage):
+    """DeepSpeed's settings. (Without its threshold, ZeRO-3 would leave so small weights whole.)"""
+    sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    stages = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    own = {"zero_optimization": stages, "zero_allow_untested_optimizer": True}
+    return own | dict.fromkeys(sizes, "auto")
+
+
+def whole(weight):
+    """A weight put together by all ranks, if it is shared out."""
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(weight):
+            return weight.detach().clone()
+    return getattr(weight, "full_tensor", lambda: weight)().detach().cpu().clone()
+
+
 def shard_on_cpus():
     init = AcceleratorState.__init__
 
@@ -44,10 +63,12 @@ def shard_on_cpus():
 def launch(kind, engine, ranks, runs, out):
     """Make the runs, and what they left behind, by name; with engine "none" in one process that sees one GPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    one = {"CUDA_VISIBLE_DEVICES": "0"} if engine == "none" else {}
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if engine == "none" else {})
+    if engine.startswith("zero") and all(settings.get("use_cpu", True) for settings in runs.values()):
+        environment["DS_ACCELERATOR"] = "cpu"
     start = [sys.executable] if engine == "none" else launcher
     command = [*start, __file__, kind, engine, json.dumps(runs), str(out)]
-    subprocess.run(command, check=True, timeout=600, env=os.environ | one)
+    subprocess.run(command, check=True, timeout=600, env=environment)
     return torch.load(out)
 
 
@@ -66,22 +87,27 @@ def run(kind, settings):
 
 if __name__ == "__main__":
     kind, engine, runs, out = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
-    if engine == "fsdp2":
+    if engine.startswith("fsdp2"):
         os.environ.update(FSDP2)
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(engine == "fsdp2-lean").lower()
         if all(settings.get("use_cpu", True) for settings in runs.values()):
             shard_on_cpus()
+    if engine.startswith("zero"):
+        import deepspeed
+
+        # (accelerate leaves that out on CPUs.)
+        deepspeed.init_distributed("gloo")
+        runs = {name: settings | {"deepspeed": zero(int(engine[-1]))} for name, settings in runs.items()}
     ends = {}
     for name, settings in runs.items():
         print(f"{kind} {engine}: {name}", flush=True)
         trainer = run(kind, settings)
-        assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
+        assert isinstance(trainer.model_wrapped, FSDPModule) == engine.startswith("fsdp2")
         rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0], device=trainer.args.device)
         ends[name] = end_of(trainer) | {"rows": trainer.accelerator.gather(rows).tolist()}
         layers = (part for part in trainer.model.modules() if isinstance(part, GradientCheckpointingLayer))
         ends[name]["compiled"] = all(hasattr(layer, "runs_rows_compiled") for layer in layers)
-        # Sharded weights are put together by all ranks.
-        weights = ends[name]["weights"]
-        ends[name]["weights"] = {key: getattr(w, "full_tensor", lambda w=w: w)().cpu() for key, w in weights.items()}
+        ends[name]["weights"] = {key: whole(weight) for key, weight in trainer.model.named_parameters()}
     if trainer.accelerator.is_main_process:
         torch.save(ends, out)
     # Leaving by the interpreter's own way, gloo's threads abort a rank now and then.

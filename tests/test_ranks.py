@@ -1,8 +1,9 @@
-"""Several processes (gloo; DDP, FSDP2): as TRL's, and as one process, also where ranks need different numbers of rows.
+"""Several processes (gloo; DDP, FSDP2, DeepSpeed): as TRL's, and as one, also where ranks need different numbers of rows.
 
 All runs of a launcher's kind are made one after the other by the same processes, whose start takes longer than they do.
 """
 
+import shutil
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -28,6 +29,11 @@ AGAINST_TRL = {
     "fsdp2-accumulation": ("fsdp2", {"gradient_accumulation_steps": 2, "max_steps": 1}),
     "fsdp2-two-passes": ("fsdp2", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
     "fsdp2-kto-cached": ("fsdp2", {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01}),
+    "zero1-accumulation": ("zero1", {"gradient_accumulation_steps": 2, "max_steps": 1}),
+    "zero2-two-passes": ("zero2", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
+    "zero3-accumulation": ("zero3", {"gradient_accumulation_steps": 2, "max_steps": 1}),
+    "zero3-two-passes": ("zero3", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
+    "zero3-kto-cached": ("zero3", {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01}),
 }
 # family: settings of ours alone.
 IMAGES = {"qwen2_5_vl": {"gradient_checkpointing": True}, "llava": {}}
@@ -38,6 +44,9 @@ AGAINST_ONE = {
     "ddp-4": ("ddp", 4, 17, {"gradient_accumulation_steps": 2}),
     "fsdp2-2": ("fsdp2", 2, 17, {"loss_type": ["ipo"]}),
     "fsdp2-4": ("fsdp2", 4, 23, {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
+    "fsdp2-lean-2": ("fsdp2-lean", 2, 17, {}),
+    "zero2-2": ("zero2", 2, 23, {"gradient_accumulation_steps": 2}),
+    "zero3-2": ("zero3", 2, 23, {"precompute_ref_log_probs": True}),
 }
 
 
@@ -79,6 +88,10 @@ def end(model_path, folder, tmp_path_factory):
     every, ends = runs(model_path, folder), {}
 
     def of(kind, engine, ranks, name):
+        if engine.startswith("zero"):
+            pytest.importorskip("deepspeed")
+            if shutil.which("c++") is None:
+                pytest.skip("DeepSpeed compiles what its ranks meet by")
         key = (kind, engine, ranks)
         if key not in ends:
             ends[key] = launch(kind, engine, ranks, every[key], tmp_path_factory.mktemp("ranks") / "ends.pt")

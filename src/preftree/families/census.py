@@ -103,7 +103,7 @@ def examine(family: str, model: str) -> Finding:
     except Exception as error:
         return Finding(family, model, "fails", reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
     part = prepared_part(prepared)
-    along = (len(part.along_paths), part.mixing_parts) if part is not None else (0, 0)
+    along = (len(part.along_paths), len(part.mixing)) if part is not None else (0, 0)
     return Finding(family, model, "exact" if exact else "wrong", logps, gradients, rounding, *along)
 
 

@@ -21,7 +21,6 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from preftree.cache import cache_folder
 from preftree.families import census
@@ -48,8 +47,6 @@ def what_is_wrong(model: PreTrainedModel) -> str | None:
     """
     ours = type(model).__module__.startswith("transformers.")
     if is_twin(model) or (ours and model.config.model_type in _known()) or model.get_output_embeddings() is None:
-        return None
-    if is_deepspeed_zero3_enabled():  # it would share out the twin's weights
         return None
     try:
         config = tiny_config(model.config)

@@ -16,6 +16,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from preftree.kernels import has_triton
@@ -80,8 +81,11 @@ def check_memory_budget(memory_budget: float) -> None:
 
 
 def worth_compiling(model: torch.nn.Module, device: torch.device) -> bool:
-    """Whether layers are compiled where nobody has said: to run on a GPU with Triton, and weights are not quantised."""
-    return device.type == "cuda" and not getattr(model, "is_quantized", False) and has_triton()
+    """Whether layers are compiled where nobody has said: to run on a GPU with Triton, with weights that are not quantised, nor
+    shared out by ZeRO-3, which gathers them while layers run.
+    """
+    ready_made = getattr(model, "is_quantized", False) or is_deepspeed_zero3_enabled()
+    return device.type == "cuda" and not ready_made and has_triton()
 
 
 def stock_forward(cls: Any) -> Any:

@@ -196,6 +196,11 @@ def places_of(layers: torch.nn.ModuleList | None, parts: Sequence[torch.nn.Modul
     return {places[part] for part in parts}
 
 
+def at_places(layers: torch.nn.ModuleList | None, places: Collection[Place]) -> list[torch.nn.Module]:
+    """The parts of layers that stand at these places."""
+    return [part for part, place in _parts(layers).items() if place in places]
+
+
 @torch.no_grad()
 def find_mixers(
     layers: torch.nn.ModuleList | None, run: Callable[[], Any], known: Collection[Place] = ()

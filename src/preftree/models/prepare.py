@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from preftree.attention import check_backend
 from preftree.models import interface, mixers
@@ -19,8 +19,9 @@ from preftree.models.compiled import check_memory_budget, compile_layers, worth_
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal, other_layer_types, read_by_index
 from preftree.models.replaced import in_evaluation
-from preftree.models.twins import is_twin, torch_code, twin_of
+from preftree.models.twins import NotTiny, is_twin, torch_code, twin_of
 from preftree.models.verify import (
+    cut_as_twin,
     cut_last_layer,
     first_position,
     small_batch,
@@ -104,7 +105,8 @@ def detach_tree_attention(base: PreTrainedModel) -> None:
 def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = True) -> PreparedModel:
     """Put tree attention under ``base``, whose ordinary batches run as before; a model that is refused stays as it was.
 
-    Done once: whoever comes later, to prepare a model that shares or the other way round, gets what was found then.
+    Done once: whoever comes later, to prepare a model that shares or the other way round, gets what was found then. Of a model
+    whose weights are elsewhere (see `weights_elsewhere`) a tiny random twin is tried.
 
     Raises:
         NotImplementedError: if the family or a setting cannot be computed exactly, naming family, setting and reason.
@@ -118,11 +120,15 @@ def attach_tree_attention(base: PreTrainedModel, backend: str, verify: bool = Tr
     try:
         _check(base, verify)
         _keep_gradients(base)
-        prepared = PreparedModel(base, backend)
+        twin = _tried_twin(base, verify) if weights_elsewhere(base) else None
+        prepared = PreparedModel(base, backend, twin)
         base.set_attn_implementation(
             interface.OVER_EAGER if _serves_eagerly(base, implementation) else interface.OVER_SDPA
         )
-        _follow_the_tree(prepared, verify)
+        if twin is None:
+            _follow_the_tree(prepared, verify)
+        else:
+            _follow_the_tree_as(prepared, twin)
         prepared.try_images = verify_images if verify else None
     except Exception as error:
         _restore_attention(base, implementation)
@@ -180,8 +186,7 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
         except NotImplementedError as error:
             reason = error
     with in_evaluation(prepared.model):
-        mixing = _find_mixers(prepared, _places_that_mix(prepared.model))
-        prepared.mixing_parts = len(mixing)
+        mixing = prepared.mixing = _find_mixers(prepared, _places_that_mix(prepared.model))
         try:
             lost = mixers.find_lost(mixing, lambda: prepared.hidden_states(small_row(prepared)))
         except Exception as error:  # a family whose code cannot take a row fails in its own way
@@ -211,13 +216,51 @@ def _follow_the_tree(prepared: PreparedModel, verify: bool) -> None:
     raise NotImplementedError(str(reason) if told is None else f"{told} (along its paths: {reason})")
 
 
+def weights_elsewhere(model: PreTrainedModel) -> bool:
+    """Whether this process does not hold a model's weights: ZeRO-3 shares them out as they are loaded, and with FSDP's
+    `cpu_ram_efficient_loading` one rank alone loads them (all ranks must find the same, so that it counts for that one, too).
+    """
+    shared = is_deepspeed_zero3_enabled() or is_fsdp_enabled() or any(each.is_meta for each in model.parameters())
+    return shared and not is_twin(model)
+
+
+def _tried_twin(base: PreTrainedModel, verify: bool) -> PreparedModel:
+    """A tiny model with random weights, prepared: what is found of it holds for the model, whose weights are elsewhere."""
+    try:
+        with torch_code():
+            like = attach_tree_attention(twin_of(base), "auto", verify)
+            if like.rounding is not None:
+                cut_last_layer(like, like.rounding)
+    except NotTiny as error:
+        raise NotImplementedError(
+            "its weights are not in this process (DeepSpeed ZeRO-3, or FSDP's cpu_ram_efficient_loading), and no tiny model "
+            f"can be made to be tried in its place ({error})"
+        ) from error
+    except NotImplementedError as error:
+        raise NotImplementedError(reason_of(error)) from error
+    if like.first_position and like.model.config.pad_token_id != base.config.pad_token_id:
+        raise NotImplementedError(
+            "it counts positions from behind its padding token's, and its weights are not in this process (DeepSpeed ZeRO-3, "
+            "or FSDP's cpu_ram_efficient_loading)"
+        )
+    return like
+
+
+def _follow_the_tree_as(prepared: PreparedModel, like: PreparedModel) -> None:
+    """Let the parts of the layers mix tokens as those of the twin do."""
+    prepared.first_position, prepared.paths_together = like.first_position, like.paths_together
+    prepared.mixing = mixers.at_places(prepared.layers, mixers.places_of(like.layers, like.mixing))
+    prepared.along_paths = mixers.at_places(prepared.layers, mixers.places_of(like.layers, like.along_paths))
+    mixers.run_along_paths(prepared.along_paths)
+
+
 def _find_mixers(prepared: PreparedModel, known: Collection[mixers.Place] = ()) -> list[torch.nn.Module]:
     return mixers.find_mixers(prepared.layers, lambda: prepared.stock_forward(**small_batch(prepared)), known)
 
 
 def _places_that_mix(model: PreTrainedModel) -> set[mixers.Place]:
     """As a tiny model with random weights shows: those of a model that begins to be trained may be zeros, which hides it."""
-    if is_twin(model) or is_deepspeed_zero3_enabled():
+    if is_twin(model):
         return set()
     try:
         with torch_code():
@@ -267,6 +310,10 @@ def prepare_model(
         NotImplementedError: if the family or a setting cannot be computed exactly, naming family, setting and reason.
         ValueError: for an unknown backend, a budget outside 0 to 1, or weights that give no finite log-probabilities.
     """
+    if compile and is_deepspeed_zero3_enabled():
+        raise NotImplementedError(
+            "compile=True with DeepSpeed ZeRO-3, which gathers weights while layers run: leave it out, or shard with FSDP"
+        )
     base = base_model(model)
     device = base.device if device is None else torch.device(device)
     check_backend(backend, device)
@@ -274,7 +321,9 @@ def prepare_model(
     if (prepared := getattr(base, ATTRIBUTE, None)) is None:
         # Tried where the weights are, by a backend that runs there.
         prepared = attach_tree_attention(base, backend if device.type == base.device.type else "auto", verify)
-        if prepared.rounding is not None:
+        if prepared.twin_cuts:
+            cut_as_twin(prepared)
+        elif prepared.rounding is not None:
             cut_last_layer(prepared, prepared.rounding)
         setattr(base, ATTRIBUTE, prepared)
         base.forward = MethodType(_tree_aware(type(base).forward), base)

@@ -34,7 +34,7 @@ class PreparedModel:
         last_layer_at_tokens: the last layer can be computed at some tokens alone (see `last_layer`).
         along_paths: parts of layers that run along the row's paths (see `mixers`).
         paths_together: see `interface.ActiveRow`; known from the first row, that of the verification.
-        mixing_parts: all parts that mix tokens, these included; 0 if that has not been looked for.
+        mixing: all parts that mix tokens, these included; none if that has not been looked for.
         takes_positions: whether the backbone is told where tokens stand.
         position_embeddings: of a backbone that is not, those that can be.
         first_position: what the stock model counts from (RoBERTa: from behind its padding token's).
@@ -42,21 +42,26 @@ class PreparedModel:
         try_images: called with the first row that holds images, to raise what `verify.verify_images` raises; then None.
         cuts_with_images: `last_layer_at_tokens` of rows with images.
         rotary_limit, rotary_parts: where frequencies of rotary embeddings change with length, and which modules' (`rotary`).
+        twin_cuts: whether the last layer of a tiny twin that was tried in this model's place could; None without one.
+
+    Args:
+        like: the twin, prepared.
     """
 
-    def __init__(self, model: PreTrainedModel, backend: str):
+    def __init__(self, model: PreTrainedModel, backend: str, like: PreparedModel | None = None):
         self.model = model
         self.backend = backend
         self.contiguous = False
         self.stock_forward: Callable[..., Any] = MethodType(type(model).forward, model)
         self.plain_forward = self._forward_now()
-        self.backbone = _find_backbone(model)
+        self.twin_cuts: bool | None = None if like is None else like.last_layer_at_tokens
+        self.backbone = _find_backbone(model) if like is None else model.get_submodule(like.backbone_name)
         self.decoder = _decoder_of(model, self.backbone)
         self.attention_layers = _num_layers(model)
         self.rounding: float | None = None
-        self.last_layer_at_tokens = False
+        self.last_layer_at_tokens: bool = False
         self.along_paths: list[torch.nn.Module] = []
-        self.mixing_parts = 0
+        self.mixing: list[torch.nn.Module] = []
         self.paths_together = False
         self.takes_positions = takes(self.backbone, "position_ids")
         self.position_embeddings: list[torch.nn.Module] = [
@@ -95,16 +100,21 @@ class PreparedModel:
         return next((part for part in lists if len(part) == self.attention_layers), None)
 
     @property
+    def backbone_name(self) -> str:
+        """Of the backbone among the model's modules."""
+        return next(name for name, part in self.model.named_modules() if part is self.backbone)
+
+    @property
     def vocabulary_size(self) -> int:
         """Token ids that the model can both read and score (a sequence classifier: read)."""
         if self.classifies:
             return self.num_embeddings
-        return min(self.num_embeddings, cast(torch.nn.Linear, self.model.get_output_embeddings()).weight.shape[0])
+        return min(self.num_embeddings, _rows(self.model.get_output_embeddings()))
 
     @property
     def num_embeddings(self) -> int:
         """Token ids that the model can read."""
-        return cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
+        return _rows(self.model.get_input_embeddings())
 
     def hidden_states(self, row: PackedRow, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """Final hidden states of a row, ``[S, hidden]``, or of its wanted tokens, ``[N, hidden]`` (see `run`)."""
@@ -136,11 +146,13 @@ class PreparedModel:
         if row.images is not None:
             options = row.images.inputs | options
         positions = self._positions(row) if position_ids is None else position_ids
-        # What routers say is asked of all tokens; and without any token, the last layer's weights would see no gradient.
+        if nothing := wanted is not None and not wanted.numel():
+            # Gradients of zero, in the order in which other rows give theirs: DeepSpeed adds up what ranks give in turn.
+            wanted = torch.arange(min(len(row), 2), device=device)
+        # (What routers say is asked of all tokens.)
         cut = (
             self.last_layer_at_tokens
             and wanted is not None
-            and wanted.numel()
             and "output_router_logits" not in options
             and (row.images is None or self.cuts_with_images)
         )
@@ -170,7 +182,9 @@ class PreparedModel:
         self.paths_together = active.paths_together
         if wanted is not None and not active.cut:
             output.last_hidden_state = output.last_hidden_state[:, wanted]
-        if active.attention_calls + active.path_calls < (self.mixing_parts or self.attention_layers):
+        if nothing:
+            output.last_hidden_state = output.last_hidden_state[:, :0]
+        if active.attention_calls + active.path_calls < (len(self.mixing) or self.attention_layers):
             raise NotImplementedError(
                 f"{active.attention_calls} of its {self.attention_layers} layers attend through transformers' "
                 "attention interface; the others have attention code of their own, or mix tokens by other means"
@@ -294,6 +308,11 @@ class PreparedModel:
         ):
             # (`squeeze`, not `[0]`: the gradient of an element is a tensor of zeros and a copy.)
             return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits.squeeze(0)
+
+
+def _rows(table: Any) -> int:
+    """Of a table's weights, which ZeRO-3 may have shared out."""
+    return getattr(table.weight, "ds_shape", table.weight.shape)[0]
 
 
 def _embedded_at(embeddings: list[torch.nn.Module], positions: torch.Tensor) -> AbstractContextManager[None]:

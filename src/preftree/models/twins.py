@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations import hub_kernels
+from transformers.integrations import deepspeed, hub_kernels
 
 VOCABULARY = 131
 _LAYERS = 4
@@ -24,6 +24,8 @@ _SHAKE = 0.05
 # A random model that is larger is not made.
 _MOST_PARAMETERS = 30_000_000
 _MARK = "_preftree_twin"
+# Where transformers keeps DeepSpeed's settings.
+_DEEPSPEED = "_hf_deepspeed_config_weak_ref"
 
 _NUM_LAYERS = (
     "num_hidden_layers",
@@ -344,6 +346,17 @@ def torch_code() -> Iterator[None]:
         hub_kernels.is_torchdynamo_exporting = asked
 
 
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """While inside, DeepSpeed's ZeRO-3 does not share out the weights of a model that is made."""
+    known = vars(deepspeed).get(_DEEPSPEED)
+    setattr(deepspeed, _DEEPSPEED, None)
+    try:
+        yield
+    finally:
+        setattr(deepspeed, _DEEPSPEED, known)
+
+
 def is_twin(model: torch.nn.Module) -> bool:
     """Whether this is a tiny random model itself."""
     return getattr(model, _MARK, False)
@@ -359,13 +372,14 @@ def random_model(model_class: Any, config: PreTrainedConfig, seed: int = 0) -> P
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     loading = {"attn_implementation": "eager"} if capped else {}
     try:
-        with torch.device("meta"):
+        with _in_this_process(), torch.device("meta"):
             size = sum(parameter.numel() for parameter in model_class._from_config(config, **loading).parameters())
         if size > _MOST_PARAMETERS:
             raise NotTiny(f"its smallest model has {size / 1e6:.0f} M parameters here")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = model_class._from_config(config, **loading).float().eval()
+            with _in_this_process():
+                model = model_class._from_config(config, **loading).float().eval()
             for name, parameter in model.named_parameters():
                 # Norms and biases start at one and zero, which hides what they would add.
                 parameter.data.add_(_SHAKE * torch.randn_like(parameter))

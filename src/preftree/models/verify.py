@@ -205,9 +205,6 @@ def cut_last_layer(prepared: PreparedModel, allowed: float) -> None:
     Args:
         allowed: see `verify_on_tree`.
     """
-    if is_deepspeed_zero3_enabled():
-        # It gathers a layer's weights in the order in which they are first used, each once.
-        return
     row = small_row(prepared)
     with in_evaluation(prepared.model):
         expected_NH = prepared.hidden_states(row)[row.read_nodes].double()
@@ -221,6 +218,14 @@ def cut_last_layer(prepared: PreparedModel, allowed: float) -> None:
     prepared.last_layer_at_tokens = equal
     if hook is not None and not equal:
         hook.remove()
+
+
+def cut_as_twin(prepared: PreparedModel) -> None:
+    """Let the last layer run at some tokens alone, as that of a tiny twin could (see `cut_last_layer`)."""
+    # (ZeRO-3 gathers a layer's weights in the order in which they are first used, each once.)
+    if not is_deepspeed_zero3_enabled():
+        add_last_layer_hook(prepared.layers)
+        prepared.last_layer_at_tokens = True
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:

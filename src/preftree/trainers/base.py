@@ -272,7 +272,7 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         for number in range(len(batch.rows)):
             # Gradients are exchanged between ranks once, with the last row.
             last = number == len(batch.rows) - 1
-            together = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            together = contextlib.nullcontext() if last else self._to_be_continued(model)
             with together, adding_to_gradients(self.accelerator.distributed_type == DistributedType.NO):
                 loss = loss + super().training_step(model, {"row": number}, num_items_in_batch)
             batch.rows[number].derived.clear()
@@ -284,6 +284,22 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         self._batch = None
         self._objects_kept.after_step()
         return self._finite_losses.replace(loss, self.state.global_step)
+
+    @contextlib.contextmanager
+    def _to_be_continued(self, model) -> Iterator[None]:
+        """While inside, gradients are added up and not exchanged: further ones of the same micro-batch follow."""
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            with self.accelerator.no_sync(model):
+                yield
+            return
+        # Its engine steps after each backward pass that nothing follows.
+        state: Any = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(before)
 
     def _inner_training_loop(self, *args, **kwargs):
         self._finite_losses = FiniteLosses(self.args.logging_nan_inf_filter)

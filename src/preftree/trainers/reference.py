@@ -41,6 +41,18 @@ def content_key(model_hash: str, examples: Iterable[Mapping[str, Any]], settings
     return digest.hexdigest()
 
 
+def hash_gathered(model: torch.nn.Module) -> str:
+    """SHA-256 of weights that DeepSpeed's ZeRO-3 has shared out, gathered one by one; all ranks call it, and get the same."""
+    import deepspeed
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def arithmetic_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What of a model's configuration may change its numbers: all but its name and the versions it was written with."""
     return {

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.utils import get_config_model_id, hash_module, use_adapter
 
 from preftree.logprobs import sequence_logps
@@ -32,6 +34,8 @@ class ReferencedTrainer(TreeTrainer):
 
     ld_alpha: float | None = None
     _reference: Any = None
+    # DeepSpeed's, around a policy that is asked for reference values before it is trained.
+    _precompute_engine: Any = None
 
     @property
     def ref_model(self) -> Any:
@@ -79,7 +83,7 @@ class ReferencedTrainer(TreeTrainer):
             stack.enter_context(self.accelerator.autocast())
             model = self.ref_model
             if model is None:
-                model = self.model
+                model = self._precompute_engine or self.model
                 stack.enter_context(disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs))
                 peft_model = self.accelerator.unwrap_model(self.model)
                 if hasattr(peft_model, "disable_adapter"):
@@ -137,13 +141,20 @@ class ReferencedTrainer(TreeTrainer):
         }
         examples = dataset.select_columns(self._columns_of_reference(dataset))
         contents = map(self._trees.content, examples)
-        key = reference.content_key(self._precompute_model_hash or hash_module(model), contents, settings)
-        path = Path(args.ref_logps_cache_dir or reference.default_directory()) / f"{key}.safetensors"
-        columns = reference.load(path, key, len(dataset))
-        if columns is None:
+        if is_deepspeed_zero3_enabled():  # TRL has seen nothing of weights that are shared out
+            model_hash = reference.hash_gathered(model)
+        else:
+            model_hash = self._precompute_model_hash or hash_module(model)
+        keys = [reference.content_key(model_hash, contents, settings)]
+        broadcast_object_list(keys)  # ranks with a share of the weights have hashed it alone
+        path = Path(args.ref_logps_cache_dir or reference.default_directory()) / f"{keys[0]}.safetensors"
+        columns = reference.load(path, keys[0], len(dataset))
+        # Computed by all ranks together, if one of them has none.
+        known = self.exchange.gather([columns is not None]).all()
+        if columns is None or not known:
             columns = self._run_reference(examples, name, batch_size)
-            if self.accelerator.is_main_process:
-                reference.save(path, key, columns)
+            if self.accelerator.is_local_main_process:
+                reference.save(path, keys[0], columns)
             self.accelerator.wait_for_everyone()
         for column, values in columns.items():
             dataset = dataset.add_column(column, reference.rows_of(values))
@@ -164,6 +175,8 @@ class ReferencedTrainer(TreeTrainer):
             shuffle=False,
         )
         loader = self.accelerator.prepare(loader)
+        if self.ref_model is None and self.is_deepspeed_enabled and self._precompute_engine is None:
+            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
         parts: list[dict[str, torch.Tensor]] = []
         was_training = self.model.training
         self.model.eval()
