@@ -1,6 +1,6 @@
 """Training runs on each rank of a launcher: `torchrun ... run_on_ranks.py KIND ENGINE RUNS OUT`; rank 0 saves their ends.
 
-ENGINE is "ddp", "fsdp2", "fsdp2-lean" (where one rank loads weights for all), "zero1" to "zero3", or (without a launcher)
+ENGINE is "ddp", "fsdp2", "fsdp2-lean" (where one rank loads weights for all), "zero1" to "zero3", "tp", or (no launcher)
 "none". RUNS is JSON, ``{name: settings}``; on CPUs, unless settings say otherwise. accelerate takes FSDP on accelerators: it
 is told that it may shard on CPUs, too.
 """
@@ -13,6 +13,7 @@ import sys
 
 import conftest  # noqa: F401 (sets up the environment)
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from preference_data import dataset, examples, text_pairs
@@ -98,6 +99,14 @@ if __name__ == "__main__":
         # (accelerate leaves that out on CPUs.)
         deepspeed.init_distributed("gloo")
         runs = {name: settings | {"deepspeed": zero(int(engine[-1]))} for name, settings in runs.items()}
+    if engine == "tp":
+        if not torch.cuda.is_available():  # accelerate knows it on accelerators alone, too
+            ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+        split = {"tp_plan": "auto"}
+        runs = {
+            name: settings | {"parallelism_config": ParallelismConfig(tp_size=2), "model_init_kwargs": split}
+            for name, settings in runs.items()
+        }
     ends = {}
     for name, settings in runs.items():
         print(f"{kind} {engine}: {name}", flush=True)

@@ -6,13 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "paper_table.py"
 
 
-@pytest.mark.xdist_group("ranks")
 def test_two_processes_on_cpus(tmp_path):
     """More is compared than one GPU's share of operations: ratios stand beside the paper's, and how it scales."""
     small = ["--model", "tiny", "--pairs", "2", "--trl-pairs", "1", "--steps", "1", "--only", "TLDR"]

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import word_tokenizer
+from families import EXACT, build
 from preference_data import dataset, text_pairs
 from run_on_ranks import launch
 from torch import distributed
 from trl_runs import construct, differences, end_of, train
 
 from preftree.trainers.ranks import HostExchange
-
-pytestmark = pytest.mark.xdist_group("ranks")  # where the processes are started once
 
 # name: (engine, settings), two ranks against TRL's two.
 AGAINST_TRL = {
@@ -47,11 +47,32 @@ AGAINST_ONE = {
     "fsdp2-lean-2": ("fsdp2-lean", 2, 17, {}),
     "zero2-2": ("zero2", 2, 23, {"gradient_accumulation_steps": 2}),
     "zero3-2": ("zero3", 2, 23, {"precompute_ref_log_probs": True}),
+    # (Its norms of queries and keys see a rank's own heads.)
+    "tp-2": ("tp", 2, 23, {"model": "qwen3", "gradient_accumulation_steps": 2}),
+    "tp-2-checkpointing": ("tp", 2, 23, {"model": "qwen3", "gradient_checkpointing": True}),
 }
 
 
 def of_epochs(**settings):
     return {"learning_rate": 0.003, "beta": 0.1, "max_steps": -1, "num_train_epochs": 2} | settings
+
+
+def tiny_qwen3(folder):
+    """A model that tensor parallelism splits otherwise than the common one."""
+    path, tokenizer = folder / "qwen3", word_tokenizer()
+    if not path.exists():
+        family, settings = EXACT["qwen3"]
+        build(family, settings | {"vocab_size": len(tokenizer), "eos_token_id": 1}).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def against_one(path, folder, ranks, examples, **settings):
+    """Settings of a run on several ranks, or on one."""
+    if settings.get("model") == "qwen3":
+        path, ranks = tiny_qwen3(folder), 1  # ranks that split a model have the same data
+    settings |= {"model": path, "per_device_train_batch_size": 8 // ranks, "own": {"row_length": 96}}
+    return of_epochs(examples=examples, **settings)
 
 
 def runs(model, folder):
@@ -72,8 +93,7 @@ def runs(model, folder):
         found["trl", "ddp", 2][family] = settings
         found["preftree", "ddp", 2][family] = settings | own | {"own": {"row_length": 64}}
     for name, (engine, ranks, examples, settings) in AGAINST_ONE.items():
-        settings = of_epochs(per_device_train_batch_size=8 // ranks, model=model, examples=examples, **settings)
-        found["preftree", engine, ranks][name] = settings | {"own": {"row_length": 96}}
+        found["preftree", engine, ranks][name] = against_one(model, folder, ranks, examples, **settings)
     return found
 
 
@@ -100,7 +120,12 @@ def end(model_path, folder, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("name", AGAINST_TRL)
+def together(runs):
+    """Names of runs; those of an engine go to one worker, where its processes are started once."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(engine)) for name, (engine, *_) in runs.items()]
+
+
+@pytest.mark.parametrize("name", together(AGAINST_TRL))
 def test_two_ranks(end, name):
     engine, settings = AGAINST_TRL[name]
     theirs, ours = end("trl", engine, 2, name), end("preftree", engine, 2, name)
@@ -112,18 +137,20 @@ def test_two_ranks(end, name):
     assert first == second > 3
 
 
+@pytest.mark.xdist_group("ddp")
 @pytest.mark.parametrize("family", IMAGES)
 def test_images_on_two_ranks(end, family):
     """Some batches of a rank have no images, some of both ranks: the tower's gradients are exchanged all the same."""
     assert max(differences(end("trl", "ddp", 2, family), end("preftree", "ddp", 2, family))) <= 1e-5
 
 
-@pytest.mark.parametrize("name", AGAINST_ONE)
-def test_the_number_of_ranks_changes_nothing(end, model_path, name):
+@pytest.mark.parametrize("name", together(AGAINST_ONE))
+def test_the_number_of_ranks_changes_nothing(end, model_path, folder, name):
     """Not even where the last step has too few examples: none is repeated, and each counts the same."""
     engine, ranks, examples, settings = AGAINST_ONE[name]
-    settings = of_epochs(per_device_train_batch_size=8, **settings)
-    one = end_of(train("preftree", model_path, dataset(text_pairs(examples)), **settings))
+    settings = against_one(model_path, folder, 1, examples, **settings)
+    del settings["examples"]
+    one = end_of(train("preftree", settings.pop("model"), dataset(text_pairs(examples)), **settings))
     several = end("preftree", engine, ranks, name)
     losses = [[log["loss"] for log in each["history"] if "loss" in log] for each in (one, several)]
     assert len(losses[0]) == len(losses[1]) >= 4
@@ -153,6 +180,7 @@ def test_hosts_of_gpus_exchange_numbers(tmp_path):
     assert alone.gather([3, 4]).tolist() == [[3, 4]]
 
 
+@pytest.mark.xdist_group("ddp")
 def test_one_process_goes_on_from_two(end, model_path, folder):
     """In the middle of an epoch, with the same pairs a step."""
     end("preftree", "ddp", 2, "saved")

@@ -11,7 +11,7 @@ from families import VOCABULARY, build, exact_model
 from oracle import random_sequences
 
 import preftree
-from preftree.models import prepare
+from preftree.models import compiled, prepare
 from preftree.models.prepared import prepared_part
 from preftree.models.twins import NotTiny
 from preftree.trainers.reference import hash_gathered
@@ -104,10 +104,18 @@ def test_positions_by_a_padding_token_that_a_twin_has_not():
         preftree.prepare_model(model)
 
 
-def test_compiled_layers_do_not_go_with_zero3(monkeypatch):
-    monkeypatch.setattr(prepare, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(NotImplementedError, match="compile=True with DeepSpeed ZeRO-3"):
-        preftree.prepare_model(exact_model("llama"), compile=True)
+@pytest.mark.parametrize("by", ["DeepSpeed ZeRO-3", "tensor parallelism"])
+def test_weights_that_are_put_together_as_layers_run(monkeypatch, by):
+    """These are not compiled: asked to, it is an error."""
+    model = exact_model("llama")
+    if by == "DeepSpeed ZeRO-3":
+        monkeypatch.setattr(compiled, "is_deepspeed_zero3_enabled", lambda: True)
+    else:
+        model._tp_size = 2
+    with pytest.raises(NotImplementedError, match=f"compiled layers with {by}"):
+        preftree.prepare_model(model, compile=True)
+    monkeypatch.setattr(compiled, "has_triton", lambda: True)
+    assert not compiled.worth_compiling(model, torch.device("cuda"))
 
 
 def test_gathered_weights_are_hashed(monkeypatch):

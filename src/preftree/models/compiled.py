@@ -81,11 +81,18 @@ def check_memory_budget(memory_budget: float) -> None:
 
 
 def worth_compiling(model: torch.nn.Module, device: torch.device) -> bool:
-    """Whether layers are compiled where nobody has said: to run on a GPU with Triton, with weights that are not quantised, nor
-    shared out by ZeRO-3, which gathers them while layers run.
-    """
-    ready_made = getattr(model, "is_quantized", False) or is_deepspeed_zero3_enabled()
-    return device.type == "cuda" and not ready_made and has_triton()
+    """Whether layers are compiled where nobody has said: to run on a GPU with Triton, and weights are not quantised."""
+    uncompiled = getattr(model, "is_quantized", False) or hinders_compiling(model) is not None
+    return device.type == "cuda" and not uncompiled and has_triton()
+
+
+def hinders_compiling(model: torch.nn.Module) -> str | None:
+    """What puts a model's weights together while its layers run, so that these cannot be compiled, or None."""
+    if is_deepspeed_zero3_enabled():
+        return "DeepSpeed ZeRO-3, which gathers weights while layers run"
+    if getattr(model, "tp_size", None) is not None:
+        return "tensor parallelism, which wraps parts of layers"
+    return None
 
 
 def stock_forward(cls: Any) -> Any:

@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 from preftree.attention import check_backend
 from preftree.models import interface, mixers
-from preftree.models.compiled import check_memory_budget, compile_layers, worth_compiling
+from preftree.models.compiled import check_memory_budget, compile_layers, hinders_compiling, worth_compiling
 from preftree.models.prepared import ATTRIBUTE, PreparedModel, below_peft, prepared_part, takes
 from preftree.models.refusals import find_refusal, other_layer_types, read_by_index
 from preftree.models.replaced import in_evaluation
@@ -310,11 +310,9 @@ def prepare_model(
         NotImplementedError: if the family or a setting cannot be computed exactly, naming family, setting and reason.
         ValueError: for an unknown backend, a budget outside 0 to 1, or weights that give no finite log-probabilities.
     """
-    if compile and is_deepspeed_zero3_enabled():
-        raise NotImplementedError(
-            "compile=True with DeepSpeed ZeRO-3, which gathers weights while layers run: leave it out, or shard with FSDP"
-        )
     base = base_model(model)
+    if compile and (hindrance := hinders_compiling(base)) is not None:
+        raise NotImplementedError(f"compiled layers with {hindrance}: leave them uncompiled, or shard with FSDP")
     device = base.device if device is None else torch.device(device)
     check_backend(backend, device)
     check_memory_budget(activation_memory_budget)

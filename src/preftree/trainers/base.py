@@ -62,6 +62,7 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
     config_class: type[Any]
     predicts_logits = True
     reference_columns: tuple[str, ...] = ()
+    _tp_size = 1  # of tensor parallelism, where TRL's trainer knows of it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -273,7 +274,8 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
             # Gradients are exchanged between ranks once, with the last row.
             last = number == len(batch.rows) - 1
             together = contextlib.nullcontext() if last else self._to_be_continued(model)
-            with together, adding_to_gradients(self.accelerator.distributed_type == DistributedType.NO):
+            alone = self.accelerator.distributed_type == DistributedType.NO
+            with together, adding_to_gradients(alone), self._gradients_apart(model):
                 loss = loss + super().training_step(model, {"row": number}, num_items_in_batch)
             batch.rows[number].derived.clear()
         if batch.gradient is not None:
@@ -284,6 +286,24 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         self._batch = None
         self._objects_kept.after_step()
         return self._finite_losses.replace(loss, self.state.global_step)
+
+    @contextlib.contextmanager
+    def _gradients_apart(self, model) -> Iterator[None]:
+        """While inside, tensor parallelism does not see gradients that there are already.
+
+        Where a rank's gradient is a part of the whole (norms of heads), transformers adds up what ranks have after each
+        backward pass: together with earlier gradients, which have been added up before.
+        """
+        if self._tp_size == 1:
+            yield
+            return
+        hooked = [each for each in model.parameters() if each._post_accumulate_grad_hooks and each.grad is not None]
+        before = [parameter.grad for parameter in hooked]
+        for parameter in hooked:
+            parameter.grad = None
+        yield
+        for parameter, gradient in zip(hooked, before, strict=True):
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
     @contextlib.contextmanager
     def _to_be_continued(self, model) -> Iterator[None]:

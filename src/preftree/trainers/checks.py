@@ -508,8 +508,9 @@ def check_weights(model: torch.nn.Module, name: str) -> None:
 def _numbers(x: torch.Tensor) -> Iterator[torch.Tensor]:
     """The floating-point numbers that a tensor is made of: of a quantised one its scales."""
     if is_traceable_wrapper_subclass(x):
-        for name in x.__tensor_flatten__()[0]:
-            yield from _numbers(getattr(x, name))
+        for part in (getattr(x, name) for name in x.__tensor_flatten__()[0]):
+            if isinstance(part, torch.Tensor):  # (One of a DTensor's parts is its mesh.)
+                yield from _numbers(part)
     elif x.is_floating_point() and not x.is_meta:
         yield x
 
