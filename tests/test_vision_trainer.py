@@ -285,9 +285,7 @@ def test_rows_of_ranks_are_alike_in_images(monkeypatch):
     def of_two(*other):
         monkeypatch.setattr(type(trainer.args), "world_size", 2)
         # The other rank has as many pairs.
-        monkeypatch.setattr(
-            trainer.accelerator, "gather", lambda own: torch.cat([own, torch.tensor([[*other, *own[0, 2:].tolist()]])])
-        )
+        monkeypatch.setattr(trainer.exchange, "gather", lambda own: torch.tensor([own, [*other, *own[2:]]]).double())
         return trainer._micro_batch(inputs)
 
     batch = of_two(3, 2)
