@@ -113,7 +113,10 @@ def bad(**changes):
             [row | {"tools": [{"name": value}]} for row, value in zip(text_pairs(2), ("search", 3), strict=True)],
             r"bad.jsonl, field 'tools': no column can hold such values",
         ),
-        (bad(chat_template_kwargs={"a": 1}), r"row 0, field 'chat_template_kwargs' is missing, and other rows have it"),
+        (
+            bad(chat_template_kwargs={"a": 1}),
+            r"line 1, field 'chat_template_kwargs' is missing, and other rows have it",
+        ),
         (
             [{"chosen": "c", "rejected": "r", "conversations": [{"from": "robot", "value": "x"}]}],
             r"line 1, field 'prompt', message 0: 'from' must be one of",

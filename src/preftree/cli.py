@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import trl
 import yaml
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -128,12 +128,12 @@ def _load_datasets(script: Any, args: Any, mixture: Any, chat_template: bool, me
         if not data.is_local(name):
             return load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming, split=split)
         files = data.find_files(name)
-        path = next(iter(files.values())) if only and len(files) == 1 else files.get(split)
-        if path is None:
+        paths = next(iter(files.values())) if only and len(files) == 1 else files.get(split)
+        if paths is None:
             raise ValueError(f"{name}: there is no file for split {split!r} (found: {', '.join(files)})")
         ties = getattr(args, "ties", "error")
-        dataset = data.load_pairs(path, chat_template, method.trainer.text_fields, ties)
-        return dataset.to_iterable_dataset() if script.dataset_streaming else dataset
+        read = data.stream_pairs if script.dataset_streaming else data.load_pairs
+        return read(paths, chat_template, method.trainer.text_fields, ties)
 
     train = load(script.dataset_name, script.dataset_train_split, only=True)
     if not evaluate:
@@ -323,11 +323,13 @@ def _plan(command: str, argv: Sequence[str]) -> int:
     row_length, args.row_length = args.given_row_length, None
     dataset = DPOTrainer.tokenize(train, tokenizer, args, config.get_text_config().vocab_size)
     layout = DPOTrainer.layout(args)
-    trees = [layout.group(example).tree() for example in dataset]
+    trees: plan.Trees = plan.TreesOf(dataset, lambda example: layout.group(example).tree())
+    if isinstance(dataset, IterableDataset):
+        trees = [layout.group(example).tree() for example in dataset]
     cost = plan.ModelCost.from_config(config)
     result = plan.make_plan(trees, args.per_device_train_batch_size, row_length, cost)
     size = args.per_device_train_batch_size
-    batches = (trees[first : first + size] for first in range(0, min(len(trees), 32 * size), size))
+    batches = [trees[first : first + size] for first in range(0, min(len(trees), 32 * size), size)]
     rows = [row for batch in batches for row in pack(batch, result.row_length)][:32]
     choices = plan.attention_choices(config, rows, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines = [*plan.describe(result), *((kind.replace("_", " "), choice) for kind, choice in choices.items())]

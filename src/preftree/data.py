@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
+import functools
 import gzip
 import io
 import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset, DatasetInfo, IterableDataset, concatenate_datasets
 
 from preftree.trainers.checks import IMAGE_COLUMNS, TEMPLATE_COLUMNS, check_columns, check_example
 
@@ -28,6 +37,10 @@ COLUMNS = (
     *TEMPLATE_COLUMNS,
     *IMAGE_COLUMNS,
 )
+# A split's file among several.
+_PART = re.compile(r"(?P<split>.+?)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.")
+# More are kept on the disk.
+_ROWS_IN_MEMORY = 10_000
 # In each other: what `datasets` does to a column doubles with each.
 _MOST_LISTS = 12
 # What a column raises for values that it cannot hold.
@@ -45,38 +58,64 @@ def is_local(name: str) -> bool:
     return Path(name).exists() or _suffix(Path(name)) in SUFFIXES
 
 
-def find_files(name: str) -> dict[str, Path]:
-    """Splits of a local data set: a file is its "train"; in a folder each file is the split it is named after.
-
-    Raises:
-        FileNotFoundError: if there is no such file or folder, or no file of a known kind in it.
-    """
-    path = Path(name)
-    if path.is_dir():
-        files = {file.name.split(".")[0]: file for file in sorted(path.iterdir()) if _suffix(file) in SUFFIXES}
-        if not files:
-            raise FileNotFoundError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-        return files
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    return {"train": path}
-
-
 TextFields = Callable[[Iterable[str], str], tuple[str, ...]]
 
 
+def find_files(name: str) -> dict[str, list[Path]]:
+    """Splits of a local data set: a file is its "train"; in a folder each file is the split it is named after.
+
+    Files of one split are named as the Hub names them: ``train-00000-of-00003.parquet`` and so on.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder, no file of a known kind in it, or not all of a split's.
+    """
+    path = Path(name)
+    if path.is_dir():
+        files: dict[str, list[Path]] = {}
+        for file in sorted(path.iterdir()):
+            if _suffix(file) in SUFFIXES:
+                part = _PART.match(file.name)
+                files.setdefault(part["split"] if part else file.name.split(".")[0], []).append(file)
+        if not files:
+            raise FileNotFoundError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+        for split, parts in files.items():
+            _check_parts(path, split, parts)
+        return files
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    return {"train": [path]}
+
+
+def _check_parts(folder: Path, split: str, files: list[Path]) -> None:
+    parts = [part for file in files if (part := _PART.match(file.name)) is not None]
+    if not parts and len(files) == 1:
+        return
+    counts = {int(part["count"]) for part in parts}
+    if len(counts) != 1 or len(parts) < len(files):
+        names = ", ".join(file.name for file in files)
+        raise FileNotFoundError(f"{folder}: the files of split {split!r} do not belong together: {names}")
+    (count,) = counts
+    missing = set(range(count)) - {int(part["number"]) for part in parts}
+    if missing:
+        raise FileNotFoundError(f"{folder}: of split {split!r} the file number {min(missing)} of {count} is missing")
+
+
 def load_pairs(
-    path: Path | str, chat_template: bool = True, text_fields: TextFields = check_columns, ties: str = "error"
+    path: Path | str | Sequence[Path | str],
+    chat_template: bool = True,
+    text_fields: TextFields = check_columns,
+    ties: str = "error",
 ) -> Dataset:
-    """Read and check a file of preference data.
+    """Read and check a file of preference data, or several.
 
     A row of pairs holds ``chosen`` and ``rejected``, with or without ``prompt``: strings, or chats as lists of messages
     ``{"role", "content"}``. A ranked row holds ``prompt``, ``completions`` and ``scores`` or ``ranks``; other trainers'
     rows what `text_fields` says. ShareGPT's form (``conversations``, messages ``{"from", "value"}``) is turned into chats.
-    Suffixes: .jsonl, .json (a list of rows), .csv, .parquet, the first three also with .gz.
+    Suffixes: .jsonl, .json (a list of rows), .csv, .parquet, the first three also with .gz. JSON Lines and Parquet are read
+    a piece at a time, and many rows are kept on the disk, where `datasets` keeps what it computes, until the process ends.
 
     Args:
-        path: the file.
+        path: the file, or files whose rows follow each other.
         chat_template: whether the tokenizer can take chats.
         text_fields: from the columns, the fields beside the prompt that hold text or messages; a trainer's `text_fields`.
         ties: see `RankedArguments`.
@@ -85,51 +124,123 @@ def load_pairs(
         FileNotFoundError: if there is no such file.
         ValueError: naming file, row and field, for whatever is wrong in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}.get(
-        _suffix(path)
-    )
-    if reader is None:
-        raise ValueError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-    rows: list[dict[str, Any]] = []
+    paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(each) for each in path]
+    rows = _checked_rows([str(each) for each in paths], chat_template, text_fields, ties)
+    name = _name_of(paths)
+    piece = list(islice(rows, _ROWS_IN_MEMORY))
+    if not piece:
+        raise ValueError(f"{name}: there is no row in it")
+    dataset = _as_dataset(piece, name)
+    if len(piece) == _ROWS_IN_MEMORY:
+        files = []
+        while piece:
+            files.append(_write(_as_dataset(piece, name).data.table, _folder() / f"{uuid.uuid4().hex}.arrow"))
+            piece = list(islice(rows, _ROWS_IN_MEMORY))
+        dataset = _joined(files, name)
+    # Later messages about a row name the file by this.
+    dataset.info.update(DatasetInfo(dataset_name=name))
+    return dataset
+
+
+def stream_pairs(
+    paths: Sequence[Path], chat_template: bool = True, text_fields: TextFields = check_columns, ties: str = "error"
+) -> IterableDataset:
+    """As `load_pairs`, read and checked as it is asked for; workers share the files between them."""
+    given = {"chat_template": chat_template, "text_fields": text_fields, "ties": ties}
+    names = [str(path) for path in paths]
+    stream = IterableDataset.from_generator(_checked_rows, gen_kwargs={"paths": names, **given})
+    stream.info.update(DatasetInfo(dataset_name=_name_of(paths)))
+    return stream
+
+
+def _name_of(paths: Sequence[Path]) -> str:
+    part = _PART.match(paths[0].name)
+    return str(paths[0]) if part is None or len(paths) == 1 else f"{paths[0].parent}, {part['split']}"
+
+
+def _checked_rows(
+    paths: list[str], chat_template: bool, text_fields: TextFields, ties: str
+) -> Iterator[dict[str, Any]]:
+    """The rows of files, each checked."""
     kinds: dict[str, type] = {}
     fields: tuple[str, ...] = ()
-    for where, row in reader(path):
-        row = _normalise(row, where)
-        if not rows:
-            fields = text_fields(row, where)
-        names = ("prompt", *fields, *COLUMNS)
-        row = {name: row.get(name) for name in names if row.get(name) is not None or name in fields}
-        check_example(row, where, chat_template, fields, ties)
-        if (deep := next((name for name, value in row.items() if _list_depth(value) > _MOST_LISTS), None)) is not None:
-            raise ValueError(f"{where}, field {deep!r}: more than {_MOST_LISTS} lists in each other")
-        row |= {name: _found(row[name], path.parent) for name in IMAGE_COLUMNS if name in row}
-        for name in ("prompt", *fields):
-            kind = type(row.get(name))
-            if kinds.setdefault(name, kind) is not kind:
+    with_kwargs = without_kwargs = None
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}.get(
+            _suffix(path)
+        )
+        if reader is None:
+            raise ValueError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+        for where, given in reader(path):
+            row = _normalise(given, where)
+            if not fields:
+                fields = text_fields(row, where)
+            names = ("prompt", *fields, *COLUMNS)
+            row = {name: row.get(name) for name in names if row.get(name) is not None or name in fields}
+            check_example(row, where, chat_template, fields, ties)
+            deep = next((name for name, value in row.items() if _list_depth(value) > _MOST_LISTS), None)
+            if deep is not None:
+                raise ValueError(f"{where}, field {deep!r}: more than {_MOST_LISTS} lists in each other")
+            row |= {name: _found(row[name], path.parent) for name in IMAGE_COLUMNS if name in row}
+            for name in ("prompt", *fields):
+                kind = type(row.get(name))
+                if kinds.setdefault(name, kind) is not kind:
+                    raise ValueError(
+                        f"{where}, field {name!r} is {_described(kind)}, in the rows before it {_described(kinds[name])}"
+                    )
+            # (None in some rows is what TRL does not take.)
+            if "chat_template_kwargs" in row:
+                with_kwargs = with_kwargs or where
+            else:
+                without_kwargs = without_kwargs or where
+            if with_kwargs and without_kwargs:
                 raise ValueError(
-                    f"{where}, field {name!r} is {_described(kind)}, in the rows before it {_described(kinds[name])}"
+                    f"{without_kwargs}, field 'chat_template_kwargs' is missing, and other rows have it ({with_kwargs})"
                 )
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: there is no row in it")
-    if any("chat_template_kwargs" in row for row in rows):  # None in the others, which TRL does not take
-        for number, row in enumerate(rows):
-            if "chat_template_kwargs" not in row:
-                raise ValueError(
-                    f"{path}, row {number}, field 'chat_template_kwargs' is missing, and other rows have it"
-                )
+            yield row
+
+
+def _as_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
     # (`Dataset.from_list` would keep the first row's fields only.)
-    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     try:
-        dataset = Dataset.from_dict(columns)
+        return Dataset.from_dict(columns)
     except _NO_COLUMN as error:
-        raise ValueError(f"{path}{_mixed(columns)}: no column can hold such values ({error})") from error
-    # Later messages about a row name the file by this.
-    dataset.info.update(DatasetInfo(dataset_name=str(path)))
-    return dataset
+        raise ValueError(f"{name}{_mixed(columns)}: no column can hold such values ({error})") from error
+
+
+@functools.cache
+def _folder() -> Path:
+    """Where rows are kept until the process ends."""
+    Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="preftree-rows-", dir=datasets.config.HF_DATASETS_CACHE))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _write(table: pyarrow.Table, path: Path) -> Path:
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+def _joined(paths: list[Path], name: str) -> Dataset:
+    """The rows of files as one data set; columns that some files have not, or have only nothing in, are filled up."""
+    pieces = [Dataset.from_file(str(path)) for path in paths]
+    schemas = [piece.data.schema.remove_metadata() for piece in pieces]
+    try:
+        schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+        for path, own in zip(paths, schemas, strict=True):
+            if own != schema:
+                rows = Dataset.from_file(str(path)).to_list()
+                other = path.with_suffix(".whole")
+                _write(pyarrow.Table.from_pylist(rows, schema), other)
+                os.replace(other, path)
+    except _NO_COLUMN as error:
+        raise ValueError(f"{name}: no column can hold the values of all its rows ({error})") from error
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
 
 
 def _list_depth(value: Any) -> int:
@@ -188,10 +299,19 @@ def _text(data: bytes, where: str) -> str:
         raise ValueError(f"{where}: invalid UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from error
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """A file's lines, one after the other, each with its newline."""
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            yield from file
+    except (OSError, EOFError, zlib.error) as error:
+        if not path.name.endswith(".gz"):
+            raise
+        raise ValueError(f"{path}: not a complete gzip file ({error})") from error
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    data = _bytes(path)
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         where = f"{path}, line {number}"
         text = _text(line, where)
         if not text.strip():
@@ -199,8 +319,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            torn = number == len(lines)
-            hint = " (the last line has no newline: is the file torn?)" if torn else ""
+            hint = "" if line.endswith(b"\n") else " (the last line has no newline: is the file torn?)"
             raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}{hint}") from error
         except RecursionError as error:
             raise ValueError(f"{where}: lists or objects in each other, too many to read") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +62,35 @@ class ModelCost:
         return self.per_token * (prompts + scored) + self.per_pair * visible + self.per_scored * scored
 
 
+class Trees(Protocol):
+    """Trees by number, made as they are asked for or lying in a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, numbers: slice, /) -> Sequence[TokenTree]: ...
+
+
+class TreesOf:
+    """Trees of a tokenised data set, made anew whenever they are asked for.
+
+    Args:
+        dataset: gives examples by number.
+        tree_of: makes an example's tree.
+    """
+
+    def __init__(self, dataset: Any, tree_of: Callable[[Any], TokenTree]) -> None:
+        self._dataset, self._tree_of = dataset, tree_of
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, numbers: slice) -> list[TokenTree]:
+        columns = self._dataset[numbers]
+        return [
+            self._tree_of(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
+        ]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Counts over all pairs (or ranked examples) of a data set, and what they promise.
@@ -87,9 +118,9 @@ class Plan:
     rows_per_step: float
     speedup: float | None
     speedup_padded: float | None
-    prompts: list[int]
-    responses: list[int]
-    trees: list[int]
+    prompts: Sequence[int]
+    responses: Sequence[int]
+    trees: Sequence[int]
 
     @property
     def saving(self) -> float:
@@ -102,56 +133,64 @@ class Plan:
         return self.shared_tokens / self.row_tokens
 
 
-def make_plan(
-    trees: Sequence[TokenTree], batch_size: int, row_length: int | None = None, cost: ModelCost | None = None
-) -> Plan:
-    """Plan for pairs as trees, ``batch_size`` pairs to a micro-batch, in their order.
+def make_plan(trees: Trees, batch_size: int, row_length: int | None = None, cost: ModelCost | None = None) -> Plan:
+    """Plan for pairs as trees, ``batch_size`` pairs to a micro-batch, in their order; only these are held at a time.
 
     Raises:
         ValueError: if there is no tree, or one does not fit into ``row_length``.
     """
-    if not trees:
+    if not len(trees):
         raise ValueError("there is no pair to plan for")
-    batches = [trees[first : first + batch_size] for first in range(0, len(trees), batch_size)]
     suggested = row_length is None
     if row_length is None:
-        row_length = _suggest(batches)
-    packed = [pack(batch, row_length, lengths=MANY_LENGTHS) for batch in batches]
-    rows = sum(len(batch) for batch in packed)
-    # Responses as often as they stand in a pair: that is what pairs listed one by one compute.
-    padded = [
-        (
-            sum(int(tree.multiplicities.sum()) for tree in batch),
-            max(path.numel() for tree in batch for path in tree.paths),
-        )
-        for batch in batches
-    ]
-    counts = [count for tree in trees for count in tree.multiplicities.tolist()]
-    lengths = [path.numel() for tree in trees for path in tree.paths]
-    prompts = [int(length) for tree in trees for length in tree.prompt_lengths]
-    speedup = speedup_padded = None
-    if cost is not None:
-        scored = sum(length - max(prompt, 1) for length, prompt in zip(lengths, prompts, strict=True)) * cost.per_scored
-        shared = scored + sum(len(tree) * cost.per_token + _visible_pairs(tree) * cost.per_pair for tree in trees)
-        alone = [n * cost.per_token + n * (n + 1) / 2 * cost.per_pair for n in lengths]
-        unshared = scored + sum(count * work for count, work in zip(counts, alone, strict=True))
-        full = scored + sum(k * (n * cost.per_token + n * (n + 1) / 2 * cost.per_pair) for k, n in padded)
-        speedup, speedup_padded = unshared / shared, full / shared
+        row_length = _suggest(trees, batch_size)
+    rows = row_tokens = padded = unshared = shared_tokens = 0
+    scored = shared = alone = full = 0.0
+    prompts, responses, sizes = (array("i") for _ in range(3))
+    count_cost = cost or ModelCost(0.0, 0.0, 0.0)
+    for first in range(0, len(trees), batch_size):
+        batch = trees[first : first + batch_size]
+        packed = pack(batch, row_length, lengths=MANY_LENGTHS)
+        rows += len(packed)
+        row_tokens += sum(len(row) for row in packed)
+        longest = count = 0
+        for tree in batch:
+            lengths = [path.numel() for path in tree.paths]
+            own = tree.prompt_lengths.tolist()
+            # Responses as often as they stand in a pair: that is what pairs listed one by one compute.
+            times = tree.multiplicities.tolist()
+            longest, count = max(longest, *lengths), count + sum(times)
+            unshared += tree.num_unshared_tokens
+            shared_tokens += len(tree)
+            scored += sum(length - max(prompt, 1) for length, prompt in zip(lengths, own, strict=True))
+            shared += len(tree) * count_cost.per_token + _visible_pairs(tree) * count_cost.per_pair
+            alone += sum(n * _of_sequence(length, count_cost) for n, length in zip(times, lengths, strict=True))
+            prompts.append(own[0])
+            responses.extend(length - prompt for length, prompt in zip(lengths, own, strict=True))
+            sizes.append(len(tree))
+        padded += count * longest
+        full += count * _of_sequence(longest, count_cost)
+    scored *= count_cost.per_scored
     return Plan(
         pairs=len(trees),
-        unshared_tokens=sum(tree.num_unshared_tokens for tree in trees),
-        padded_tokens=sum(count * longest for count, longest in padded),
-        shared_tokens=sum(len(tree) for tree in trees),
+        unshared_tokens=unshared,
+        padded_tokens=padded,
+        shared_tokens=shared_tokens,
         row_length=row_length,
         suggested=suggested,
-        row_tokens=sum(len(row) for batch in packed for row in batch),
-        rows_per_step=rows / len(batches),
-        speedup=speedup,
-        speedup_padded=speedup_padded,
-        prompts=[int(tree.prompt_lengths[0]) for tree in trees],
-        responses=[length - prompt for length, prompt in zip(lengths, prompts, strict=True)],
-        trees=[len(tree) for tree in trees],
+        row_tokens=row_tokens,
+        rows_per_step=rows / -(-len(trees) // batch_size),
+        speedup=None if cost is None else (scored + alone) / (scored + shared),
+        speedup_padded=None if cost is None else (scored + full) / (scored + shared),
+        prompts=prompts,
+        responses=responses,
+        trees=sizes,
     )
+
+
+def _of_sequence(length: int, cost: ModelCost) -> float:
+    """Operations of a sequence by itself, the head's left out."""
+    return length * cost.per_token + length * (length + 1) / 2 * cost.per_pair
 
 
 def attention_layers(config: PreTrainedConfig, device: torch.device) -> dict[str, Layer]:
@@ -217,14 +256,17 @@ def _visible_pairs(tree: TokenTree) -> int:
     return int((tree.position_ids + 1).sum())
 
 
-def _suggest(batches: Sequence[Sequence[TokenTree]], most: int = 65536) -> int:
+def _suggest(trees: Trees, batch_size: int, most: int = 65536) -> int:
     """The static length whose rows hold the batches in the fewest tokens; among equals the shortest."""
-    longest = max(len(tree) for batch in batches for tree in batch)
-    largest = max(sum(len(tree) for tree in batch) for batch in batches)
+    longest = largest = 0
+    starts = range(0, len(trees), batch_size)
+    for first in starts:
+        sizes = [len(tree) for tree in trees[first : first + batch_size]]
+        longest, largest = max(longest, *sizes), max(largest, sum(sizes))
     candidates = [static_length(longest)]
     while candidates[-1] < min(largest, most):
         candidates.append(static_length(candidates[-1] + 1))
-    sample = batches[:: max(len(batches) // 32, 1)]
+    sample = [trees[first : first + batch_size] for first in starts[:: max(len(starts) // 32, 1)]]
 
     def tokens(length: int) -> int:
         return sum(len(row) for batch in sample for row in pack(batch, length, lengths=MANY_LENGTHS))
