@@ -1,13 +1,14 @@
 """The command line, in this process: a recipe in, a trained model and a report out; errors are one line."""
 
 import json
+import re
 
 import pytest
 import yaml
 from families import ALONG_PATHS, build
 from preference_data import chat_pairs, text_pairs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl_runs import COMMON
+from trl_runs import COMMON, differences
 
 from preftree import DPOTrainer, cli
 
@@ -85,6 +86,29 @@ def test_ranked_files(recipe, tmp_path, capsys):
     path.write_text(path.read_text() + json.dumps(rows[0] | {"ranks": [1, 1, 1]}) + "\n")
     assert cli.main(["dpo", *arguments]) == 2
     assert f"{path}, line 7, field 'ranks': all are 1" in capsys.readouterr().err
+
+
+def test_a_stream_trains_as_its_files_do(recipe, tmp_path, capsys):
+    """Whose rows are in two files; the plan reads all of them."""
+    lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").unlink()
+    for number, part in enumerate((lines[:7], lines[7:])):
+        (tmp_path / f"train-{number:05}-of-00002.jsonl").write_text("".join(part))
+    command = ["--config", str(recipe), "--max_steps", "4", "--train_sampling_strategy", "sequential"]
+    ends = [
+        cli.run("dpo", [*command, "--dataset_streaming", streaming, "--eval_strategy", evaluation])
+        for streaming, evaluation in (("false", "no"), ("true", "steps"))
+    ]
+    ends[1].state.log_history = [log for log in ends[1].state.log_history if "eval_loss" not in log]
+    assert ends[0].state.global_step == 4
+    assert max(differences(*ends)) == 0
+    plans = []
+    for streaming in ("false", "true"):
+        capsys.readouterr()
+        assert cli.main(["plan", "--config", str(recipe), "--dataset_streaming", streaming]) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1]
+    assert re.search(r"^examples +12$", plans[0], re.MULTILINE)
 
 
 def test_plan_needs_no_weights(recipe, tmp_path, capsys, monkeypatch):
