@@ -30,6 +30,7 @@ from preftree.trainers.cpo import CPOTrainer
 from preftree.trainers.dpo import DPOTrainer
 from preftree.trainers.kto import KTOTrainer
 from preftree.trainers.orpo import ORPOTrainer
+from preftree.trainers.ranks import HostExchange
 from preftree.trainers.reward import RewardTrainer
 from preftree.trainers.tpo import TPOTrainer
 from preftree.version import __version__
@@ -187,10 +188,13 @@ class _Progress(ProgressCallback):
 
 
 class _Interrupt(TrainerCallback):
-    """Ctrl-C ends the step that is running, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+    """Ctrl-C ends the step that is running, saves a checkpoint and stops, all ranks after the same step; a second one stops at
+    once.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.exchange: HostExchange | None = None
 
     def _handle(self, *_: Any) -> None:
         if self.asked:
@@ -202,6 +206,8 @@ class _Interrupt(TrainerCallback):
         signal.signal(signal.SIGINT, self._handle)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.exchange is not None:
+            self.asked = bool(self.exchange.gather([self.asked]).any())
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
@@ -251,6 +257,7 @@ def run(command: str, argv: Sequence[str]) -> Any:
         callbacks=[interrupt],
         **({} if quantization is None else {"quantization_config": quantization}),
     )
+    interrupt.exchange = trainer.exchange
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress())
@@ -265,8 +272,9 @@ def run(command: str, argv: Sequence[str]) -> Any:
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - started
     if interrupt.asked:
-        last = get_last_checkpoint(str(args.output_dir))
-        print(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint {last}")
+        if trainer.accelerator.is_main_process:
+            last = get_last_checkpoint(str(args.output_dir))
+            print(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint {last}")
         return None
     trainer.save_model(args.output_dir)
     if trainer.accelerator.is_main_process:

@@ -233,15 +233,15 @@ def _tried_twin(base: PreTrainedModel, verify: bool) -> PreparedModel:
                 cut_last_layer(like, like.rounding)
     except NotTiny as error:
         raise NotImplementedError(
-            "its weights are not in this process (DeepSpeed ZeRO-3, or FSDP's cpu_ram_efficient_loading), and no tiny model "
-            f"can be made to be tried in its place ({error})"
+            "its weights may not be in this process (DeepSpeed ZeRO-3, or FSDP's cpu_ram_efficient_loading, which can be "
+            f"switched off), and no tiny model can be made to be tried in its place ({error})"
         ) from error
     except NotImplementedError as error:
         raise NotImplementedError(reason_of(error)) from error
     if like.first_position and like.model.config.pad_token_id != base.config.pad_token_id:
         raise NotImplementedError(
-            "it counts positions from behind its padding token's, and its weights are not in this process (DeepSpeed ZeRO-3, "
-            "or FSDP's cpu_ram_efficient_loading)"
+            "it counts positions from behind its padding token's, and its weights may not be in this process (DeepSpeed "
+            "ZeRO-3, or FSDP's cpu_ram_efficient_loading, which can be switched off)"
         )
     return like
 
