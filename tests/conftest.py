@@ -84,8 +84,11 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory, tokenizer):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"), tokenizer)
+
+
+def make_tiny_model(path, tokenizer) -> str:
     """A tiny Llama with random weights, saved with its tokenizer."""
-    path = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,19 +1,24 @@
 """Damaged data files, thousands of them: each is read, checked, tokenised and merged into trees, or refused with a message.
 
-    python tests/fuzz.py [--inputs 10000] [--seed 0]
+    python tests/fuzz.py [--inputs 10000] [--recipes 500] [--seed 0]
 
 Files of pairs, chats, ranked lists and of the other trainers' data, as JSON Lines, JSON, CSV and Parquet, plain and
 compressed. Up to three things are wrong with each: a field is gone, of another kind or full of junk, a chat has other roles or
 parts, bytes are cut off or put in. What is counted: "taken", "refused" (an error of the kinds that say what is wrong),
 "crashed" (any other error) and "hung" (more than 20 seconds); of what is refused, how many messages name the file, and a row.
+
+Recipes with up to three options of other kinds and sizes than they may have train a step of a tiny model, or are refused:
+counted are how many messages name an option that was set, and "left something" where a refused run has written a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -24,6 +29,7 @@ import signal
 import tempfile
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +37,15 @@ import conftest
 import datasets
 import pyarrow
 import pyarrow.parquet
+import trl
+import yaml
 from preference_data import chat_pairs, examples, text_pairs
+from trl_runs import COMMON
 
-from preftree import cli, data
+from preftree import DPOConfig, cli, data
 
 SECONDS = 20
-REFUSALS = (ValueError, NotImplementedError, OSError)
+REFUSALS = (ValueError, NotImplementedError, OSError, ImportError)
 # Those that can tokenise without a model; of the others' data, the reading is tried.
 TOKENISES = ("dpo", "reward")
 METHODS = (*TOKENISES, "orpo", "tpo", "kto")
@@ -192,8 +201,75 @@ class HungError(Exception):
     """More than `SECONDS`."""
 
 
-def attempt(reader: Reader, path: Path, method: str) -> tuple[str, str]:
-    """What came of a file, and what was said."""
+# Options that reach beyond a run: the network, other processes, the whole interpreter, minutes of compilation.
+BEYOND = re.compile(
+    r"hub|push|deepspeed|fsdp|xla|tpu|ddp|local_rank|parallel|seed|determinism|compile|memory_budget|report_to|jit_checkpoint|debug|use_cpu|"
+    r"config|dataset_name|model_name|output_dir|logging_dir|max_steps|liger|torchdynamo|tf32|remote_code|datasets|"
+    r"log_level|disable_tqdm|streaming|nccl|mp_parameters|trackio|project|use_cache|resume|bits|bnb|load_in"
+)
+VALUES: tuple[Any, ...] = (
+    *(
+        None,
+        True,
+        False,
+        -1,
+        0,
+        1,
+        2,
+        3.5,
+        -0.25,
+        float("nan"),
+        float("inf"),
+        "",
+        " ",
+        "x",
+        "-1",
+        "0",
+        "1e-3",
+        "no",
+        "steps",
+    ),
+    *([], ["x"], [1, 2], [None], {}, {"x": 1}, {"x": {"y": []}}, "2020-01-01", "a/b", "\u2603" * 40),
+)
+
+
+def recipe_of(draw: random.Random, names: list[str]) -> dict[str, Any]:
+    return {name: draw.choice(VALUES) for name in draw.sample(names, draw.randint(1, 3))}
+
+
+def run_recipes(count: int, seed: int) -> collections.Counter[str]:
+    """Counts of what came of recipes."""
+    datasets.disable_progress_bars()
+    counts, said = collections.Counter[str](), set()
+    kinds = (DPOConfig, trl.ModelConfig, cli.TemplateArguments)
+    names = sorted({field.name for kind in kinds for field in dataclasses.fields(kind) if field.init})
+    names = [name for name in names if not BEYOND.search(name)]
+    with tempfile.TemporaryDirectory() as place:
+        model = conftest.make_tiny_model(Path(place) / "model", conftest.word_tokenizer())
+        data_file = Path(place) / "pairs.jsonl"
+        data_file.write_text("".join(json.dumps(row) + "\n" for row in text_pairs(4)))
+        for number in range(count):
+            draw = random.Random(f"{seed} {number}")
+            options, out = recipe_of(draw, names), Path(place) / f"out{number}"
+            recipe = Path(place) / "recipe.yaml"
+            recipe.write_text(yaml.safe_dump(COMMON | {"per_device_train_batch_size": 2} | options))
+            fixed = {"model_name_or_path": model, "dataset_name": data_file, "output_dir": out, "max_steps": 1}
+            command = ["--config", str(recipe)]
+            for name, value in fixed.items():
+                command += [f"--{name}", str(value)]
+            outcome, message = attempt(lambda command=command: cli.run("dpo", command), str(options))
+            counts[outcome] += 1
+            if outcome == "refused":
+                counts["names an option"] += any(name in message for name in options)
+                counts["left something"] += any(out.glob("*.safetensors"))
+            elif outcome != "taken" and (last := message.strip().splitlines()[-1][:150]) not in said:
+                said.add(last)
+                print(f"{outcome}, recipe {number} ({options}): {message[-1500:]}", flush=True)
+    return counts
+
+
+def attempt(run: Callable[[], Any], what: str) -> tuple[str, str]:
+    """What came of a file or a recipe, and what was said."""
 
     def too_long(*_: object) -> None:
         raise HungError
@@ -201,12 +277,14 @@ def attempt(reader: Reader, path: Path, method: str) -> tuple[str, str]:
     before = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(SECONDS)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()) as said:
             warnings.simplefilter("ignore")
-            reader.read(path, method)
+            run()
         return "taken", ""
     except HungError:
-        return "hung", method
+        return "hung", what
+    except SystemExit as error:  # argparse's, with its message on standard error
+        return ("refused", said.getvalue()) if error.code == 2 else ("crashed", f"exit status {error.code}")
     except REFUSALS as error:
         return ("refused", str(error)) if str(error).strip() else ("crashed", f"no message: {type(error).__name__}")
     except Exception:
@@ -228,7 +306,7 @@ def run(inputs: int, seed: int, keep: Path | None = None) -> collections.Counter
             for _ in range(draw.randint(0, 3)):
                 damage(draw, rows := [row for row in rows if isinstance(row, dict)] or [{}])
             path = write(draw, rows, Path(place))
-            outcome, message = attempt(reader, path, method)
+            outcome, message = attempt(lambda path=path, method=method: reader.read(path, method), method)
             counts[outcome] += 1
             if outcome == "refused":
                 counts["names the file"] += str(path) in message
@@ -247,12 +325,17 @@ def run(inputs: int, seed: int, keep: Path | None = None) -> collections.Counter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--recipes", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for files that crash or hang")
     options = parser.parse_args()
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    counts = run(options.inputs, options.seed, options.keep)
-    print(f"{options.inputs} inputs: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()))
+    for what, count, counts in (
+        ("inputs", options.inputs, run(options.inputs, options.seed, options.keep)),
+        ("recipes", options.recipes, run_recipes(options.recipes, options.seed)),
+    ):
+        if count:
+            print(f"{count} {what}: " + ", ".join(f"{number} {name}" for name, number in counts.most_common()))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 import trl
-import yaml
 from datasets import IterableDataset, load_dataset
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from preftree import data, families, plan, report
+from preftree import data, families, plan, recipe, report
 from preftree.packing import pack
 from preftree.plot import draw_lengths, lengths_as_text
 from preftree.trainers.checks import IMAGE_COLUMNS, columns_of
@@ -104,10 +103,8 @@ def _parse(command: str, script: type[Any], method: Method, argv: Sequence[str])
     kinds: Any = (script, method.config, trl.ModelConfig, trl.DatasetMixtureConfig)
     parser = trl.TrlParser(kinds, prog=f"preftree {command}")
     parser.set_defaults(**method.defaults)
-    try:
-        return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: not a recipe in plain YAML: {_in_one_line(error)}") from error
+    recipe.check(recipe.read(argv), kinds)
+    return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -237,6 +234,8 @@ def run(command: str, argv: Sequence[str]) -> Any:
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     }
+    if isinstance(args.model_init_kwargs, str):
+        raise ValueError(f"option 'model_init_kwargs' must be a mapping, not {args.model_init_kwargs!r}")
     args.model_init_kwargs = loading | (args.model_init_kwargs or {})
     processing_class = _processing_class(AutoTokenizer, script, args, model_args)
     # A vision-language model's template may be its processor's alone.
@@ -247,16 +246,22 @@ def run(command: str, argv: Sequence[str]) -> Any:
     resume = _checkpoint(args)
     interrupt = _Interrupt()
     quantization = trl.get_quantization_config(model_args)
-    trainer = method.trainer(
-        model=model_args.model_name_or_path,
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=processing_class,
-        peft_config=trl.get_peft_config(model_args),
-        callbacks=[interrupt],
-        **({} if quantization is None else {"quantization_config": quantization}),
-    )
+    try:
+        trainer = method.trainer(
+            model=model_args.model_name_or_path,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=processing_class,
+            peft_config=trl.get_peft_config(model_args),
+            callbacks=[interrupt],
+            **({} if quantization is None else {"quantization_config": quantization}),
+        )
+    except TypeError as error:  # how a model's class refuses what it does not know
+        refused = str(error).partition("unexpected keyword argument '")[2].partition("'")[0]
+        if refused not in args.model_init_kwargs:
+            raise
+        raise ValueError(f"option 'model_init_kwargs': the model takes no {refused!r} ({error})") from error
     interrupt.exchange = trainer.exchange
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -402,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = "weights or a checkpoint hold pickled objects, which would run code of theirs: save them as safetensors"
         print(f"preftree {command}: {what} ({_in_one_line(error)[:300]})", file=sys.stderr)
         return 2
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
         print(f"preftree {command}: {error}", file=sys.stderr)
         return 2
 

@@ -95,6 +95,8 @@ class TreeArguments:
         if isinstance(self.row_length, int) and self.row_length < 1:
             raise ValueError(f"row_length must be positive, got {self.row_length}")
         own: Any = self
+        if own.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps must be positive, got {own.gradient_accumulation_steps}")
         if self.row_length == "auto" and getattr(own, "deepspeed", None):
             raise ValueError("row_length='auto' tries rows outside DeepSpeed's own steps: give a number with DeepSpeed")
         check_memory_budget(self.activation_memory_budget)
@@ -233,6 +235,8 @@ class DPOConfig(RankedArguments, ReferenceArguments, trl.DPOConfig):
 
     def check(self) -> None:
         super().check()
+        if not self.loss_type:
+            raise ValueError("loss_type names no loss")
         for loss_type in self.loss_type:
             if loss_type not in DPO_LOSSES and loss_type != LIST_LOSS:
                 known = ", ".join([*sorted(DPO_LOSSES), LIST_LOSS])

@@ -1,0 +1,112 @@
+"""Recipes: that each option of a YAML file is of a kind that it can be, before anything is made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+# Of type text, and true or false all the same.
+_TRUE_TOO = ("resume_from_checkpoint",)
+# What argparse reads as true or false.
+_TRUTH = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
+
+
+def read(argv: Sequence[str]) -> dict[str, Any]:
+    """The options of the recipe that arguments name, or none.
+
+    Raises:
+        ValueError: for a file that is no recipe in plain YAML.
+        OSError: for one that cannot be read.
+    """
+    path = None
+    for number, argument in enumerate(argv):
+        if argument == "--config" and number + 1 < len(argv):
+            path = argv[number + 1]
+        elif argument.startswith("--config="):
+            path = argument.partition("=")[2]
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: not a recipe in plain YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--config: {path} must hold options, 'name: value' each, not {_described(found)}")
+    return found
+
+
+def check(options: Mapping[Any, Any], kinds: Iterable[type[Any]]) -> None:
+    """Raise `ValueError` naming the first option whose value is of a kind that it cannot be.
+
+    Args:
+        kinds: dataclasses whose fields the options are; names that are none of them are left to the parser.
+    """
+    hints: dict[str, Any] = {}
+    for kind in kinds:
+        known = get_type_hints(kind)
+        hints |= {field.name: known[field.name] for field in dataclasses.fields(kind)}
+    for name, value in options.items():
+        if name not in hints or (name in _TRUE_TOO and isinstance(value, bool)) or _fits(value, hints[name]):
+            continue
+        hint = ", in quotes (YAML reads no, off, yes and on as true or false)" if isinstance(value, bool) else ""
+        raise ValueError(f"option {name!r} is {_described(value)}: it must be {_expected(hints[name])}{hint}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from YAML can be what a hint says; text is read as argparse reads it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return value in inner
+    if origin in (list, tuple, set):
+        each = inner[0] if inner else Any
+        if isinstance(value, list):
+            return all(_fits(part, each) for part in value)
+        return isinstance(value, str) and each is str  # one name in place of several
+    kind = origin or hint
+    if kind is type(None):
+        return value is None
+    if kind is bool:
+        return isinstance(value, bool) or str(value).lower() in _TRUTH
+    if kind in (int, float):
+        return _is_number(value, kind)
+    if kind is dict:
+        return isinstance(value, (dict, str))
+    if kind is str or (isinstance(kind, type) and issubclass(kind, Enum)):
+        return isinstance(value, (str, Enum))
+    return True
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return False
+    try:
+        number = kind(value)
+    except (ValueError, OverflowError):
+        return False
+    return math.isfinite(number) and (kind is float or isinstance(value, str) or number == value)
+
+
+def _expected(hint: Any) -> str:
+    """In words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_expected(each) for each in inner))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if origin in (list, tuple, set):
+        return f"a list of {_expected(inner[0])}" if inner else "a list"
+    names = {type(None): "empty", bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping"}
+    return names.get(origin or hint, "text")
+
+
+def _described(value: Any) -> str:
+    return "empty" if value is None else f"{value!r} ({type(value).__name__})"

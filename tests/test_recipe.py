@@ -1,0 +1,96 @@
+"""Recipes: options of other kinds than they can be are refused by name, before anything is made."""
+
+import dataclasses
+
+import fuzz
+import pytest
+import trl
+import yaml
+
+from preftree import DPOConfig, cli, recipe
+
+KINDS = (cli.TemplateArguments, DPOConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
+
+RIGHT = """
+learning_rate: 1e-5
+beta: 0.1
+max_steps: 20
+warmup_steps: 0.1
+bf16: false
+row_length: auto
+loss_type: [sigmoid, sft]
+loss_weights: [1.0, 0.5]
+lora_target_modules: all-linear
+save_strategy: "no"
+logging_steps: 1
+report_to: none
+resume_from_checkpoint: true
+max_length: null
+gradient_checkpointing_kwargs: {use_reentrant: false}
+model_init_kwargs: '{"dtype": "float32"}'
+per_device_train_batch_size: "4"
+an_option_that_is_none: {x: 1}
+"""
+
+
+def test_recipes_that_are_right():
+    recipe.check(yaml.safe_load(RIGHT), KINDS)
+    for kind in KINDS:  # what options are unless they are given
+        defaults = {
+            field.name: field.default for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING
+        }
+        recipe.check(defaults, [kind])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rate: fast", "option 'learning_rate' is 'fast' (str): it must be a number"),
+        ("learning_rate: .nan", "option 'learning_rate' is nan (float): it must be a number"),
+        ("max_steps: 3.5", "option 'max_steps' is 3.5 (float): it must be a whole number"),
+        ("max_steps: true", "option 'max_steps' is True (bool): it must be a whole number"),
+        ("beta: {x: 1}", "option 'beta' is {'x': 1} (dict): it must be a number"),
+        ("bf16: 7", "option 'bf16' is 7 (int): it must be true or false"),
+        ("save_strategy: no", "option 'save_strategy' is False (bool): it must be text, in quotes (YAML reads no"),
+        ("dataset_num_proc: {}", "option 'dataset_num_proc' is {} (dict): it must be"),
+        ("lora_target_modules: [1]", "option 'lora_target_modules' is [1] (list): it must be"),
+        ("lr_scheduler_kwargs: [1]", "option 'lr_scheduler_kwargs' is [1] (list): it must be"),
+        ("output_dir: 5", "option 'output_dir' is 5 (int): it must be"),
+        ("loss_weights: 1", "option 'loss_weights' is 1 (int): it must be a list of a number"),
+        ("gradient_accumulation_steps: 0", "gradient_accumulation_steps must be positive, got 0"),
+        ("loss_type: []", "loss_type names no loss"),
+        ("model_name_or_path: x\nmodel_init_kwargs: x", "option 'model_init_kwargs' must be a mapping, not 'x'"),
+    ],
+)
+def test_what_is_wrong_is_named(line, message, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{line}\nuse_cpu: true\n" + ("" if line.startswith("bf16") else "bf16: false\n"))
+    assert cli.main(["dpo", "--config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "what"), [("- 1\n- 2\n", "[1, 2] (list)"), ("", "empty"), ("dpo", "'dpo' (str)")])
+def test_a_file_without_options(text, what, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert cli.main(["dpo", f"--config={path}"]) == 2
+    assert f"{path} must hold options, 'name: value' each, not {what}" in capsys.readouterr().err
+
+
+def test_what_the_model_does_not_take(tmp_path, capsys, model_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text('{"prompt": "the dog", "chosen": " runs", "rejected": " sleeps"}\n')
+    settings = {"model_name_or_path": model_path, "dataset_name": str(rows), "use_cpu": True, "bf16": False}
+    settings |= {"output_dir": str(tmp_path / "out"), "model_init_kwargs": {"layers": 3}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert cli.main(["dpo", "--config", str(path)]) == 2
+    assert "option 'model_init_kwargs': the model takes no 'layers'" in capsys.readouterr().err
+
+
+def test_recipes_by_the_hundred(capsys):
+    """(`python tests/fuzz.py --recipes 500` tries more.)"""
+    counts = fuzz.run_recipes(25, seed=2)
+    assert counts["crashed"] == counts["hung"] == counts["left something"] == 0
+    assert counts["names an option"] >= counts["refused"] - 1 > 10
+    assert counts["taken"] > 0
