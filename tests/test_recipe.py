@@ -58,6 +58,7 @@ def test_recipes_that_are_right():
         ("output_dir: 5", "option 'output_dir' is 5 (int): it must be"),
         ("loss_weights: 1", "option 'loss_weights' is 1 (int): it must be a list of a number"),
         ("gradient_accumulation_steps: 0", "gradient_accumulation_steps must be positive, got 0"),
+        ("dataset_num_proc: 0", "dataset_num_proc must be positive, got 0"),
         ("loss_type: []", "loss_type names no loss"),
         ("model_name_or_path: x\nmodel_init_kwargs: x", "option 'model_init_kwargs' must be a mapping, not 'x'"),
     ],

@@ -95,8 +95,9 @@ class TreeArguments:
         if isinstance(self.row_length, int) and self.row_length < 1:
             raise ValueError(f"row_length must be positive, got {self.row_length}")
         own: Any = self
-        if own.gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps must be positive, got {own.gradient_accumulation_steps}")
+        for name in ("gradient_accumulation_steps", "dataset_num_proc"):
+            if (count := getattr(own, name, None)) is not None and count < 1:
+                raise ValueError(f"{name} must be positive, got {count}")
         if self.row_length == "auto" and getattr(own, "deepspeed", None):
             raise ValueError("row_length='auto' tries rows outside DeepSpeed's own steps: give a number with DeepSpeed")
         check_memory_budget(self.activation_memory_budget)
