@@ -353,3 +353,9 @@ def test_compiled_layers_exclude_offloaded_activations():
     assert preftree.DPOConfig(torch_compile=True, **offloading).compiles_layers is False
     assert preftree.DPOConfig(torch_compile=True, bf16=False, use_cpu=True).compiles_layers is True
     assert preftree.DPOConfig(bf16=False, use_cpu=True).compiles_layers is None
+
+
+def test_activations_of_a_cpu_are_not_offloaded(model_path):
+    args = preftree.DPOConfig(activation_offloading=True, gradient_checkpointing=False, bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match="activation_offloading=True moves activations from a GPU"):
+        preftree.DPOTrainer(model_path, args=args, train_dataset=dataset(text_pairs(4)))
