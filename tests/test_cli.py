@@ -5,6 +5,7 @@ import re
 
 import pytest
 import yaml
+from datasets import Dataset, IterableDataset
 from families import ALONG_PATHS, build
 from preference_data import chat_pairs, text_pairs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -100,6 +101,7 @@ def test_a_stream_trains_as_its_files_do(recipe, tmp_path, capsys):
         for streaming, evaluation in (("false", "no"), ("true", "steps"))
     ]
     ends[1].state.log_history = [log for log in ends[1].state.log_history if "eval_loss" not in log]
+    assert [type(end.train_dataset) for end in ends] == [Dataset, IterableDataset]
     assert ends[0].state.global_step == 4
     assert max(differences(*ends)) == 0
     plans = []

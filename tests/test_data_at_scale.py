@@ -11,6 +11,7 @@ from preference_data import text_pairs
 import preftree
 from preftree import data, plan
 from preftree.data import find_files, load_pairs, stream_pairs
+from preftree.packing import pack
 from preftree.trainers.kto import KTOTrainer
 
 
@@ -98,14 +99,15 @@ def test_files_of_a_split_follow_each_other(tmp_path, monkeypatch, pieces):
 
 def test_a_file_that_is_missing(tmp_path):
     paths = parquet_parts(tmp_path, text_pairs(9), 3)
+    other = write_jsonl(tmp_path / "train.jsonl", text_pairs(2))
+    with pytest.raises(FileNotFoundError, match=r"do not belong together: train-00000-of-00003.parquet, .*train.jsonl"):
+        find_files(str(tmp_path))
+    other.unlink()
     paths[1].unlink()
     with pytest.raises(FileNotFoundError, match="of split 'train' the file number 1 of 3 is missing"):
         find_files(str(tmp_path))
     paths[0].rename(tmp_path / "train-00001-of-00004.parquet")
     with pytest.raises(FileNotFoundError, match="the files of split 'train' do not belong together"):
-        find_files(str(tmp_path))
-    write_jsonl(tmp_path / "train.jsonl", text_pairs(2))
-    with pytest.raises(FileNotFoundError, match=r"do not belong together: train-00001-of-00004.parquet, .*train.jsonl"):
         find_files(str(tmp_path))
 
 
@@ -161,6 +163,11 @@ def test_a_plan_holds_a_batch_at_a_time():
         assert lazy.pairs == 23
         assert list(lazy.prompts) == [len(prompt) for prompt, _, _ in pairs]
         assert list(lazy.responses) == [len(each) for _, a, b in pairs for each in (a, b)]
+        rows = [
+            pack([tree(example) for example in examples[n : n + 4]], lazy.row_length, lengths=32)
+            for n in range(0, 23, 4)
+        ]
+        assert lazy.rows_per_step == sum(map(len, rows)) / 6
         tokens = sum(2 * len(prompt) + len(a) + len(b) for prompt, a, b in pairs)
         assert lazy.unshared_tokens == tokens
         lengths = [len(prompt) + len(each) for prompt, a, b in pairs for each in (a, b)]

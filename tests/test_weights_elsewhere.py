@@ -18,8 +18,21 @@ from preftree.trainers.reference import hash_gathered
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* run along each path")
 
-# Attention alone, experts, shared and own positions; parts along paths in some layers, in all, and by index.
-FAMILIES = ["llama", "mixtral", "gemma3", "gpt2", "opt", "qwen3_5", "lfm2", "mamba", "falcon-alibi", "nemotron_h"]
+# Attention alone, experts, positions of their own and counted from elsewhere; parts along paths in some layers, in all, and by
+# index.
+FAMILIES = [
+    "llama",
+    "mixtral",
+    "gemma3",
+    "gpt2",
+    "opt",
+    "roberta",
+    "qwen3_5",
+    "lfm2",
+    "mamba",
+    "falcon-alibi",
+    "nemotron_h",
+]
 
 
 def without_weights(model):
@@ -66,8 +79,9 @@ def test_as_with_weights(name):
     assert findings(late) == findings(whole)
     late = given_weights(late, stock)
     trees = [
-        preftree.TokenTree.from_sequences(*group)
-        for group in random_sequences(torch.Generator().manual_seed(5), VOCABULARY)
+        # (RoBERTa counts no position for its padding token.)
+        preftree.TokenTree.from_sequences([[token or 1 for token in sequence] for sequence in sequences], lengths)
+        for sequences, lengths in random_sequences(torch.Generator().manual_seed(5), VOCABULARY)
     ]
     (row,) = preftree.pack(trees, sum(map(len, trees)) + 3)
     expected, got = numbers(whole, row), numbers(late, row)
@@ -129,7 +143,8 @@ def test_gathered_weights_are_hashed(monkeypatch):
         model.model.norm.weight[3] += 1e-3
     hashes.append(hash_gathered(model))
     hashes.append(hash_gathered(model.to(torch.bfloat16)))
-    scalar = torch.nn.Module()
-    scalar.scale = torch.nn.Parameter(torch.tensor(2.0))
-    hashes.append(hash_gathered(scalar))
-    assert len(set(hashes)) == 4
+    for value in (torch.tensor(2.0), torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(6, 2).half()):
+        module = torch.nn.Module()
+        module.scale = torch.nn.Parameter(value)
+        hashes.append(hash_gathered(module))
+    assert len(set(hashes)) == len(hashes) - 1

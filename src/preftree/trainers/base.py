@@ -148,7 +148,9 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
                 "sequences get several, of a size that depends on the padded length; leave it unset"
             )
         if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
-            raise ValueError("activation_offloading=True moves activations from a GPU to its host, and there is no GPU here")
+            raise ValueError(
+                "activation_offloading=True moves activations from a GPU to its host, and there is no GPU here"
+            )
         if args.parallel_mode == ParallelMode.DISTRIBUTED and (isinstance(model, str) or args.model_init_kwargs):
             # TRL lets each rank's reference be spread over all GPUs before FSDP shares it out.
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
