@@ -163,7 +163,7 @@ def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(rank)
-    config = model_shape(options.model)
+    config = shape(options.model)
     library = trl if side == "trl" else preftree
     own: dict[str, Any] = {"row_length": case.row_length, "share_prefixes": side == "preftree"}
     at_once = min(options.trl_pairs, options.pairs) if side == "trl" else options.pairs
@@ -256,23 +256,6 @@ def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     return result | {"at_random": statistics.mean(waits)}
 
 
-def model_shape(name: str):
-    if name != "llama-3-8b":
-        return shape(name)
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    )
-
-
 def launch(side: str, name: str, gpus: int, options: argparse.Namespace) -> dict[str, Any] | None:
     """One side of a case in processes of its own; None if it fails."""
     with tempfile.TemporaryDirectory() as folder:
@@ -312,7 +295,7 @@ def compare(rows: list[dict[str, Any]], cases: list[Case], model: str) -> None:
     """Each case's ratios, beside what operations allow and the paper's, and how it scales."""
     from preftree.plan import ModelCost
 
-    cost = ModelCost.from_config(model_shape(model))
+    cost = ModelCost.from_config(shape(model))
     found = {(row["case"], row["gpus"], row["side"]): row for row in rows}
     for case in cases:
         ideal = operations(case, cost, "packed") / operations(case, cost, "preftree")

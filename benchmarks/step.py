@@ -43,7 +43,7 @@ from tables import draw, library_versions, write
 ROOT = Path(__file__).parent.parent
 SIDES = ("trl", "packed", "preftree")
 ON_A_GPU = "qwen3-1.7b"
-MODELS = ("smollm2", "qwen3-1.7b", "qwen3-0.6b", "qwen3.5-2b", "lfm2-1.2b", "tiny")
+MODELS = ("smollm2", "llama-3-8b", "qwen3-1.7b", "qwen3-0.6b", "qwen3.5-2b", "lfm2-1.2b", "tiny")
 # Dense bf16 TFLOP/s by the vendor.
 PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 # Seconds of products before the steps that count, in a side's first case and in the others.
@@ -156,7 +156,7 @@ def tiny_tokenizer(vocabulary: int):
 
 def shape(name: str):
     """The configuration of a model that is made with random weights."""
-    from transformers import Lfm2Config, Qwen3_5TextConfig, Qwen3Config
+    from transformers import Lfm2Config, LlamaConfig, Qwen3_5TextConfig, Qwen3Config
 
     common = {"max_position_embeddings": 1 << 17, "tie_word_embeddings": True}
     qwen3 = {"vocab_size": 151936, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
@@ -165,7 +165,10 @@ def shape(name: str):
     qwen3_5 |= {"linear_num_key_heads": 16, "linear_num_value_heads": 16}
     lfm2 = {"vocab_size": 65536, "num_attention_heads": 32, "num_key_value_heads": 8}
     lfm2 |= {"full_attn_idxs": [2, 5, 8, 10, 12, 14]}
+    llama = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+    llama |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
     kind, widths, settings = {
+        "llama-3-8b": (LlamaConfig, (4096, 14336, 32), llama),
         "qwen3-1.7b": (Qwen3Config, (2048, 6144, 28), qwen3),
         "qwen3-0.6b": (Qwen3Config, (1024, 3072, 28), qwen3),
         "qwen3.5-2b": (Qwen3_5TextConfig, (2048, 6144, 24), qwen3_5),
@@ -173,7 +176,7 @@ def shape(name: str):
         "tiny": (Qwen3Config, (64, 128, 2), small),
     }[name]
     names = ("hidden_size", "intermediate_size", "num_hidden_layers")
-    return kind(**dict(zip(names, widths, strict=True)), **settings, **common)
+    return kind(**dict(zip(names, widths, strict=True)), **(common | settings))
 
 
 def model_and_tokenizer(name: str):

@@ -358,6 +358,14 @@ def exact_model(name: str, seed: int = 0, size: int | None = None, **loading) ->
     return build(family, settings, seed=seed, **loading)
 
 
+def saved_model(name: str, path, tokenizer, **settings) -> str:
+    """A family's model and a tokenizer in a folder."""
+    family, own = EXACT[name]
+    build(family, own | {"vocab_size": len(tokenizer), "eos_token_id": 1} | settings).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
 def refused_model(name: str) -> tuple[Callable[[], transformers.PreTrainedModel], str]:
     family, settings, expected = REFUSED[name]
     return lambda: build(family, settings), expected

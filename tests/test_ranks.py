@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import word_tokenizer
-from families import EXACT, build
+from families import saved_model
 from preference_data import dataset, text_pairs
 from run_on_ranks import launch
 from torch import distributed
@@ -59,12 +59,8 @@ def of_epochs(**settings):
 
 def tiny_qwen3(folder):
     """A model that tensor parallelism splits otherwise than the common one."""
-    path, tokenizer = folder / "qwen3", word_tokenizer()
-    if not path.exists():
-        family, settings = EXACT["qwen3"]
-        build(family, settings | {"vocab_size": len(tokenizer), "eos_token_id": 1}).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    return str(path)
+    path = folder / "qwen3"
+    return str(path) if path.exists() else saved_model("qwen3", path, word_tokenizer())
 
 
 def against_one(path, folder, ranks, examples, **settings):

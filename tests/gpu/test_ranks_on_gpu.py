@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import word_tokenizer
-from families import EXACT, build
+from families import saved_model
 from run_on_ranks import launch
 from trl_runs import differences
 
@@ -25,12 +25,8 @@ CLOSE = {"bf16": (0.05, 0.01)}
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A tiny Qwen3 whose heads are large enough for all kernels."""
-    folder, tokenizer = tmp_path_factory.mktemp("tiny-qwen3"), word_tokenizer()
-    family, settings = EXACT["qwen3"]
-    settings = settings | {"vocab_size": len(tokenizer), "hidden_size": 256, "head_dim": 64, "eos_token_id": 1}
-    build(family, settings).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    folder = tmp_path_factory.mktemp("tiny-qwen3")
+    return saved_model("qwen3", folder, word_tokenizer(), hidden_size=256, head_dim=64)
 
 
 def runs(path, ranks):

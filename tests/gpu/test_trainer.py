@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import word_tokenizer
-from families import EXACT, build
+from families import saved_model
 from preference_data import dataset, examples, text_pairs
 from test_ranked import assert_as_listed, ranked_examples
 from test_trainers import METHODS, OVER_PADDING, RATES, settings_of
@@ -21,12 +21,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A tiny Qwen3 whose heads are large enough for the kernel."""
-    folder, tokenizer = tmp_path_factory.mktemp("tiny-qwen3"), word_tokenizer()
-    family, settings = EXACT["qwen3"]
-    settings = settings | {"vocab_size": len(tokenizer), "hidden_size": 64, "head_dim": 16, "eos_token_id": 1}
-    build(family, settings).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    folder = tmp_path_factory.mktemp("tiny-qwen3")
+    return saved_model("qwen3", folder, word_tokenizer(), hidden_size=64, head_dim=16)
 
 
 @pytest.mark.parametrize("own", [{}, {"row_length": 128}], ids=["one-row", "several-rows"])

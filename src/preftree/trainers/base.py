@@ -34,7 +34,7 @@ from preftree.trainers.garbage import ObjectsKept
 from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
 from preftree.trainers.metrics import Metrics, Unread, mean
 from preftree.trainers.preparation import DataPreparation
-from preftree.trainers.ranks import HostExchange
+from preftree.trainers.ranks import HostExchange, gradients_apart, to_be_continued
 from preftree.trainers.row_length import FitRows
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
 from preftree.trainers.vision import ImageReader
@@ -277,9 +277,9 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         for number in range(len(batch.rows)):
             # Gradients are exchanged between ranks once, with the last row.
             last = number == len(batch.rows) - 1
-            together = contextlib.nullcontext() if last else self._to_be_continued(model)
+            together = contextlib.nullcontext() if last else to_be_continued(self.accelerator, model)
             alone = self.accelerator.distributed_type == DistributedType.NO
-            with together, adding_to_gradients(alone), self._gradients_apart(model):
+            with together, adding_to_gradients(alone), gradients_apart(model, self._tp_size):
                 loss = loss + super().training_step(model, {"row": number}, num_items_in_batch)
             batch.rows[number].derived.clear()
         if batch.gradient is not None:
@@ -290,40 +290,6 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         self._batch = None
         self._objects_kept.after_step()
         return self._finite_losses.replace(loss, self.state.global_step)
-
-    @contextlib.contextmanager
-    def _gradients_apart(self, model) -> Iterator[None]:
-        """While inside, tensor parallelism does not see gradients that there are already.
-
-        Where a rank's gradient is a part of the whole (norms of heads), transformers adds up what ranks have after each
-        backward pass: together with earlier gradients, which have been added up before.
-        """
-        if self._tp_size == 1:
-            yield
-            return
-        hooked = [each for each in model.parameters() if each._post_accumulate_grad_hooks and each.grad is not None]
-        before = [parameter.grad for parameter in hooked]
-        for parameter in hooked:
-            parameter.grad = None
-        yield
-        for parameter, gradient in zip(hooked, before, strict=True):
-            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
-
-    @contextlib.contextmanager
-    def _to_be_continued(self, model) -> Iterator[None]:
-        """While inside, gradients are added up and not exchanged: further ones of the same micro-batch follow."""
-        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            with self.accelerator.no_sync(model):
-                yield
-            return
-        # Its engine steps after each backward pass that nothing follows.
-        state: Any = self.accelerator.gradient_state
-        before = state.sync_gradients
-        state._set_sync_gradients(False)
-        try:
-            yield
-        finally:
-            state._set_sync_gradients(before)
 
     def _inner_training_loop(self, *args, **kwargs):
         self._finite_losses = FiniteLosses(self.args.logging_nan_inf_filter)
