@@ -166,12 +166,17 @@ def exchange(rank, folder):
     torch.save(found, folder / f"{rank}.pt")
 
 
-def test_hosts_of_gpus_exchange_numbers(tmp_path):
+def test_hosts_of_gpus_exchange_numbers(tmp_path, monkeypatch):
     torch.multiprocessing.spawn(exchange, (tmp_path,), nprocs=2)
     for rank in (0, 1):
         first, second = torch.load(tmp_path / f"{rank}.pt")
         assert first.tolist() == [[1, 2.5], [2, 2.5]]
         assert second.tolist() == [[2**53], [2**53 - 1]]
+    monkeypatch.setattr(distributed, "new_group", lambda **_: (_ for _ in ()).throw(RuntimeError("no interface")))
+    by_gpus = SimpleNamespace(num_processes=2, device=torch.device("cuda"), gather=lambda own: own.repeat(2, 1))
+    monkeypatch.setattr(torch.Tensor, "to", lambda own, *_: own)
+    hosts = HostExchange(by_gpus, timeout=60)
+    assert [hosts.gather([3, 4]).tolist() for _ in range(2)] == [[[3, 4], [3, 4]]] * 2
     alone = HostExchange(SimpleNamespace(num_processes=1, device=torch.device("cpu")), timeout=60)
     assert alone.gather([3, 4]).tolist() == [[3, 4]]
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from torch import distributed
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class HostExchange:
@@ -21,8 +24,10 @@ class HostExchange:
     """
 
     def __init__(self, accelerator: Any, timeout: float) -> None:
-        self._accelerator, self._timeout = accelerator, timeout
+        self._accelerator, self._timeout = accelerator, timedelta(seconds=timeout)
         self._group: Any = None
+        # Ranks without GPUs meet as hosts anyway.
+        self._apart = accelerator.device.type == "cuda" and distributed.is_gloo_available()
 
     def gather(self, numbers: Sequence[float]) -> torch.Tensor:
         """Each rank's numbers, float64 ``[ranks, n]`` on the CPU. All ranks call it, with as many."""
@@ -30,10 +35,16 @@ class HostExchange:
         ranks = self._accelerator.num_processes
         if ranks == 1:
             return own[None]
-        if self._accelerator.device.type != "cuda" or not distributed.is_gloo_available():
+        if self._apart and self._group is None:
+            try:
+                self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
+            except RuntimeError as error:  # no network interface that it finds by itself
+                self._apart = False
+                logger.warning(
+                    f"hosts do not meet by gloo (GLOO_SOCKET_IFNAME names an interface), GPUs wait instead: {error}"
+                )
+        if not self._apart:
             return self._accelerator.gather(own[None].to(self._accelerator.device)).cpu()
-        if self._group is None:
-            self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout))
         found = [torch.empty_like(own) for _ in range(ranks)]
         distributed.all_gather(found, own, group=self._group)
         return torch.stack(found)
