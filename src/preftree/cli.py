@@ -32,6 +32,7 @@ from preftree.trainers.orpo import ORPOTrainer
 from preftree.trainers.ranks import HostExchange
 from preftree.trainers.reward import RewardTrainer
 from preftree.trainers.tpo import TPOTrainer
+from preftree.tree import TokenTree
 from preftree.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -105,10 +106,6 @@ def _parse(command: str, script: type[Any], method: Method, argv: Sequence[str])
     parser.set_defaults(**method.defaults)
     recipe.check(recipe.read(argv), kinds)
     return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _load_datasets(script: Any, args: Any, mixture: Any, chat_template: bool, method: Method) -> tuple[Any, Any]:
@@ -336,13 +333,16 @@ def _plan(command: str, argv: Sequence[str]) -> int:
     row_length, args.row_length = args.given_row_length, None
     dataset = DPOTrainer.tokenize(train, tokenizer, args, config.get_text_config().vocab_size)
     layout = DPOTrainer.layout(args)
-    trees: plan.Trees = plan.TreesOf(dataset, lambda example: layout.group(example).tree())
-    if isinstance(dataset, IterableDataset):
-        trees = [layout.group(example).tree() for example in dataset]
+
+    def tree_of(example: Any) -> TokenTree:
+        return layout.group(example).tree()
+
+    streamed = isinstance(dataset, IterableDataset)
+    trees: plan.Trees = [tree_of(example) for example in dataset] if streamed else plan.TreesOf(dataset, tree_of)
     cost = plan.ModelCost.from_config(config)
     result = plan.make_plan(trees, args.per_device_train_batch_size, row_length, cost)
     size = args.per_device_train_batch_size
-    batches = [trees[first : first + size] for first in range(0, min(len(trees), 32 * size), size)]
+    batches = (trees[first : first + size] for first in range(0, min(len(trees), 32 * size), size))
     rows = [row for batch in batches for row in pack(batch, result.row_length)][:32]
     choices = plan.attention_choices(config, rows, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines = [*plan.describe(result), *((kind.replace("_", " "), choice) for kind, choice in choices.items())]
@@ -405,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[command](command, arguments[1:])
     except pickle.UnpicklingError as error:
         what = "weights or a checkpoint hold pickled objects, which would run code of theirs: save them as safetensors"
-        print(f"preftree {command}: {what} ({_in_one_line(error)[:300]})", file=sys.stderr)
+        print(f"preftree {command}: {what} ({recipe.in_one_line(error)[:300]})", file=sys.stderr)
         return 2
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
         print(f"preftree {command}: {error}", file=sys.stderr)

@@ -130,8 +130,9 @@ def load_pairs(
     piece = list(islice(rows, _ROWS_IN_MEMORY))
     if not piece:
         raise ValueError(f"{name}: there is no row in it")
-    dataset = _as_dataset(piece, name)
-    if len(piece) == _ROWS_IN_MEMORY:
+    if len(piece) < _ROWS_IN_MEMORY:
+        dataset = _as_dataset(piece, name)
+    else:
         files = []
         while piece:
             files.append(_write(_as_dataset(piece, name).data.table, _folder() / f"{uuid.uuid4().hex}.arrow"))

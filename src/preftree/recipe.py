@@ -36,10 +36,15 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: not a recipe in plain YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"--config: not a recipe in plain YAML: {in_one_line(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"--config: {path} must hold options, 'name: value' each, not {_described(found)}")
     return found
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split())
 
 
 def check(options: Mapping[Any, Any], kinds: Iterable[type[Any]]) -> None:
