@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import json
 import os
 import statistics
@@ -53,7 +54,6 @@ _ACCELERATE = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
 _ZERO3 = {
@@ -127,6 +127,8 @@ def watch(steps: int, cuda: bool):
                     whole = time.perf_counter() - self.began
                     self.profiler.__exit__(None, None, None)
                     self.watched.append((*busy_seconds(self.profiler.events(), args.world_size), whole))
+                    self.profiler = None
+                    gc.collect()  # else it may come within the next step, for so many events
                 return
             if state.global_step < FIRST:
                 return
@@ -268,7 +270,7 @@ def launch(side: str, name: str, gpus: int, options: argparse.Namespace) -> dict
         else:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
             if options.engine == "fsdp2":
-                environment |= _ACCELERATE
+                environment |= _ACCELERATE | {"FSDP_RESHARD_AFTER_FORWARD": str(not options.no_reshard).lower()}
         try:
             status = subprocess.run([*start, *worker], env=environment, timeout=options.limit).returncode
         except subprocess.TimeoutExpired:
@@ -333,6 +335,9 @@ def main() -> None:
     parser.add_argument("--row-length", type=int, default=16384, help="of preftree's rows, at most")
     parser.add_argument("--steps", type=int, default=4, help="that are timed")
     parser.add_argument("--checkpointing", action="store_true", help="activations are computed again")
+    parser.add_argument(
+        "--no-reshard", action="store_true", help="FSDP2 keeps layers' weights whole from forward to backward"
+    )
     parser.add_argument("--cpu", action="store_true", help="by gloo, to try the script")
     parser.add_argument("--limit", type=int, default=600, help="seconds of a side and case")
     parser.add_argument("--out", type=Path, help="folder for a CSV")
@@ -355,7 +360,8 @@ def main() -> None:
 
     card = "" if options.cpu else torch.cuda.get_device_name()
     peak = next((rate for kind, rate in PEAK.items() if kind in card), None)
-    head = f"{options.model}, {options.engine}, {options.pairs} pairs a GPU and step; {versions()}{library_versions()}"
+    engine = options.engine + (" without resharding" if options.no_reshard else "")
+    head = f"{options.model}, {engine}, {options.pairs} pairs a GPU and step; {versions()}{library_versions()}"
     print(head, flush=True)
     rows = []
     for name in options.only:
@@ -369,7 +375,8 @@ def main() -> None:
     if options.out:
         machine = card.split()[1].lower() if card else "cpu"
         count = "_".join(map(str, options.gpus))
-        write(rows, options.out / f"paper_table_{options.model}_{options.engine}_{count}_{machine}.csv", head)
+        kind = options.engine + ("_whole" if options.no_reshard else "")
+        write(rows, options.out / f"paper_table_{options.model}_{kind}_{count}_{machine}.csv", head)
     if not rows:
         raise SystemExit("nothing ran")
 

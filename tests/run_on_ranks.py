@@ -1,15 +1,17 @@
 """Training runs on each rank of a launcher: `torchrun ... run_on_ranks.py KIND ENGINE RUNS OUT`; rank 0 saves their ends.
 
-ENGINE is "ddp", "fsdp2", "fsdp2-lean" (where one rank loads weights for all), "zero1" to "zero3", "tp", or (no launcher)
-"none". RUNS is JSON, ``{name: settings}``; on CPUs, unless settings say otherwise. accelerate takes FSDP on accelerators: it
-is told that it may shard on CPUs, too.
+ENGINE is "ddp", "fsdp2", "fsdp2-lean" (where one rank loads weights for all), "fsdp2-whole" (where they stay whole between
+forward and backward passes), "zero1" to "zero3", "tp", or (no launcher) "none". RUNS is JSON, ``{name: settings}``; on CPUs,
+unless settings say otherwise. accelerate takes FSDP on accelerators: it is told that it may shard on CPUs, too.
 """
 
+import contextlib
 import copy
 import json
 import os
 import subprocess
 import sys
+from unittest.mock import patch
 
 import conftest  # noqa: F401 (sets up the environment)
 import torch
@@ -22,11 +24,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl_runs import end_of, train
 from vision_families import build, pair, pairs
 
+from preftree.models import compiled, products
+
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
 
@@ -83,7 +86,29 @@ def run(kind, settings):
         settings["trainer_args"] = {"processing_class": processor, "ref_model": copy.deepcopy(model)}
         return train(kind, lambda: model, Dataset.from_list([data[index] for index in order]), **settings)
     data = examples(settings.get("method", "DPO"), text_pairs(settings.pop("examples", 23)))
-    return train(kind, settings.pop("model"), dataset(data), **settings)
+    with fused_products() if settings.pop("fused", False) else contextlib.nullcontext():
+        return train(kind, settings.pop("model"), dataset(data), **settings)
+
+
+class Counting:
+    """A function, and how often it gave something."""
+
+    def __init__(self, function):
+        self.function, self.given = function, 0
+
+    def __call__(self, *arguments):
+        result = self.function(*arguments)
+        self.given += result is not None
+        return result
+
+
+@contextlib.contextmanager
+def fused_products():
+    """While inside, compiled layers fuse their products on CPUs, too, by formulas."""
+    torch._dynamo.reset()
+    with patch.object(products, "serves", lambda *operands: True), patch.object(compiled, "_BACKEND", "aot_eager"):
+        yield
+    torch._dynamo.reset()
 
 
 if __name__ == "__main__":
@@ -91,6 +116,7 @@ if __name__ == "__main__":
     if engine.startswith("fsdp2"):
         os.environ.update(FSDP2)
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(engine == "fsdp2-lean").lower()
+        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(engine != "fsdp2-whole").lower()
         if all(settings.get("use_cpu", True) for settings in runs.values()):
             shard_on_cpus()
     if engine.startswith("zero"):
@@ -110,11 +136,13 @@ if __name__ == "__main__":
     ends = {}
     for name, settings in runs.items():
         print(f"{kind} {engine}: {name}", flush=True)
-        trainer = run(kind, settings)
+        with patch.object(products, "so_far", Counting(products.so_far)) as so_far:
+            trainer = run(kind, settings)
         assert isinstance(trainer.model_wrapped, FSDPModule) == engine.startswith("fsdp2")
         rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0], device=trainer.args.device)
         ends[name] = end_of(trainer) | {"rows": trainer.accelerator.gather(rows).tolist()}
         layers = (part for part in trainer.model.modules() if isinstance(part, GradientCheckpointingLayer))
+        ends[name]["added"] = so_far.given
         ends[name]["compiled"] = all(hasattr(layer, "runs_rows_compiled") for layer in layers)
         ends[name]["weights"] = {key: whole(weight) for key, weight in trainer.model.named_parameters()}
     if trainer.accelerator.is_main_process:

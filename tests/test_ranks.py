@@ -37,12 +37,15 @@ AGAINST_TRL = {
 }
 # family: settings of ours alone.
 IMAGES = {"qwen2_5_vl": {"gradient_checkpointing": True}, "llava": {}}
-# name: (engine, ranks, examples, settings), against one process.
+# Gradients are exchanged with every row.
+SYNCED = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+# name: (engine, ranks, examples, settings), against one process. "fused" is of runs on several ranks.
 AGAINST_ONE = {
-    "ddp-2": ("ddp", 2, 23, {}),
+    "ddp-2": ("ddp", 2, 23, {"fused": True}),
     # One example is left for the last step's four ranks.
     "ddp-4": ("ddp", 4, 17, {"gradient_accumulation_steps": 2}),
-    "fsdp2-2": ("fsdp2", 2, 17, {"loss_type": ["ipo"]}),
+    "fsdp2-2": ("fsdp2", 2, 17, {"loss_type": ["ipo"], "accelerator_config": SYNCED}),
+    "fsdp2-whole-2": ("fsdp2-whole", 2, 23, {"gradient_accumulation_steps": 2, "fused": True}),
     "fsdp2-4": ("fsdp2", 4, 23, {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
     "fsdp2-lean-2": ("fsdp2-lean", 2, 17, {}),
     "zero2-2": ("zero2", 2, 23, {"gradient_accumulation_steps": 2}),
@@ -67,7 +70,9 @@ def against_one(path, folder, ranks, examples, **settings):
     """Settings of a run on several ranks, or on one."""
     if settings.get("model") == "qwen3":
         path, ranks = tiny_qwen3(folder), 1  # ranks that split a model have the same data
-    settings |= {"model": path, "per_device_train_batch_size": 8 // ranks, "own": {"row_length": 96}}
+    # (Rows between the first and the last add to gradients that DDP leaves alone.)
+    own = {"row_length": 64, "compile_layers": True} if settings.get("fused") else {"row_length": 96}
+    settings |= {"model": path, "per_device_train_batch_size": 8 // ranks, "own": own}
     return of_epochs(examples=examples, **settings)
 
 
@@ -144,10 +149,12 @@ def test_images_on_two_ranks(end, family):
 def test_the_number_of_ranks_changes_nothing(end, model_path, folder, name):
     """Not even where the last step has too few examples: none is repeated, and each counts the same."""
     engine, ranks, examples, settings = AGAINST_ONE[name]
-    settings = against_one(model_path, folder, 1, examples, **settings)
-    del settings["examples"]
+    fused = settings.get("fused", False)
+    settings = against_one(model_path, folder, 1, examples, **settings | {"fused": False})
+    del settings["examples"], settings["fused"]
     one = end_of(train("preftree", settings.pop("model"), dataset(text_pairs(examples)), **settings))
     several = end("preftree", engine, ranks, name)
+    assert (several["added"] > 0) == fused
     losses = [[log["loss"] for log in each["history"] if "loss" in log] for each in (one, several)]
     assert len(losses[0]) == len(losses[1]) >= 4
     assert max(abs(a - b) / max(abs(a), 1) for a, b in zip(*losses, strict=True)) <= 1e-6

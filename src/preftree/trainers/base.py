@@ -34,7 +34,7 @@ from preftree.trainers.garbage import ObjectsKept
 from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
 from preftree.trainers.metrics import Metrics, Unread, mean
 from preftree.trainers.preparation import DataPreparation
-from preftree.trainers.ranks import HostExchange, gradients_apart, to_be_continued
+from preftree.trainers.ranks import HostExchange, adds_in_place, gradients_apart, now, to_be_continued, unchanged_since
 from preftree.trainers.row_length import FitRows
 from preftree.trainers.step import Gradient, MicroBatch, Terms, statistics
 from preftree.trainers.vision import ImageReader
@@ -274,12 +274,18 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
                 whole = self._run(model, batch)
             batch.gradient = Gradient.of(partial(self._loss, batch), whole)
         loss = torch.zeros((), device=self.args.device)
+        begun = now(self.args.device)
         for number in range(len(batch.rows)):
             # Gradients are exchanged between ranks once, with the last row.
             last = number == len(batch.rows) - 1
             together = contextlib.nullcontext() if last else to_be_continued(self.accelerator, model)
-            alone = self.accelerator.distributed_type == DistributedType.NO
-            with together, adding_to_gradients(alone), gradients_apart(model, self._tp_size):
+            since = begun if number else None
+            with (
+                together,
+                unchanged_since(since, model, getattr(self, "ref_model", None)),
+                adding_to_gradients(adds_in_place(self.accelerator, model, last)),
+                gradients_apart(model, self._tp_size),
+            ):
                 loss = loss + super().training_step(model, {"row": number}, num_items_in_batch)
             batch.rows[number].derived.clear()
         if batch.gradient is not None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -52,19 +54,88 @@ class HostExchange:
 
 @contextlib.contextmanager
 def to_be_continued(accelerator: Any, model: torch.nn.Module) -> Iterator[None]:
-    """While inside, gradients are added up and not exchanged: further ones of the same micro-batch follow."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+    """While inside, gradients are added up and not exchanged: further ones of the same micro-batch follow.
+
+    They are exchanged nevertheless where accelerate is told to (`sync_each_batch`): with FSDP2, ranks then hold their share of
+    them alone.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Its engine steps after each backward pass that nothing follows.
+        state = accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(before)
+        return
+    exchanged = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    with _kept_whole(accelerator, model), contextlib.nullcontext() if exchanged else _added_up(accelerator, model):
+        yield
+
+
+@contextlib.contextmanager
+def _added_up(accelerator: Any, model: torch.nn.Module) -> Iterator[None]:
+    """While inside, gradients are not exchanged."""
+    if not isinstance(model, FSDPModule):
         with accelerator.no_sync(model):
             yield
         return
-    # Its engine steps after each backward pass that nothing follows.
-    state = accelerator.gradient_state
-    before = state.sync_gradients
-    state._set_sync_gradients(False)
+    model.set_requires_gradient_sync(False)
     try:
         yield
     finally:
-        state._set_sync_gradients(before)
+        # Those of a micro-batch that others of its step follow are not exchanged with its last row, either.
+        model.set_requires_gradient_sync(accelerator.sync_gradients)
+
+
+@contextlib.contextmanager
+def _kept_whole(accelerator: Any, model: torch.nn.Module) -> Iterator[None]:
+    """While inside, FSDP2 does not share out again, after a backward pass, the weights that it keeps whole until there anyway:
+    the root's own, and all of them if it does not share them out after a forward pass."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    every = plugin is not None and not plugin.reshard_after_forward
+    model.set_reshard_after_backward(False, recurse=every)
+    try:
+        yield
+    finally:
+        model.set_reshard_after_backward(True, recurse=every)
+
+
+def now(device: torch.device) -> torch.Event | None:
+    """An event that marks what a device has been given to do so far; None for CPUs."""
+    if device.type == "cpu":
+        return None
+    event = torch.Event(device)
+    event.record()
+    return event
+
+
+@contextlib.contextmanager
+def unchanged_since(event: torch.Event | None, *models: torch.nn.Module | None) -> Iterator[None]:
+    """While inside, FSDP2 gathers models' weights for a forward pass ahead of what the device was given to do since an event.
+
+    It waits for all of it otherwise, as an optimizer may have changed them.
+    """
+    sharded = [] if event is None else [model for model in models if isinstance(model, FSDPModule)]
+    for model in sharded:
+        model.set_post_optim_event(event)
+    yield
+    for model in sharded:  # one that did not run has not taken it
+        model.set_post_optim_event(None)
+
+
+def adds_in_place(accelerator: Any, model: torch.nn.Module, last: bool) -> bool:
+    """Whether the backward pass of a row may add to gradients itself: where nobody but autograd keeps them before it ends.
+
+    FSDP2 takes what there is after a layer's pass; DDP takes them one by one with the last row.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return not last
+    return accelerator.distributed_type == DistributedType.NO or isinstance(model, FSDPModule)
 
 
 @contextlib.contextmanager
