@@ -120,7 +120,7 @@ def unchanged_since(event: torch.Event | None, *models: torch.nn.Module | None) 
 
     It waits for all of it otherwise, as an optimizer may have changed them.
     """
-    sharded = [] if event is None else [model for model in models if isinstance(model, FSDPModule)]
+    sharded: list[Any] = [] if event is None else [model for model in models if isinstance(model, FSDPModule)]
     for model in sharded:
         model.set_post_optim_event(event)
     yield
