@@ -11,6 +11,7 @@ import torch
 from accelerate import DistributedType
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
@@ -70,7 +71,7 @@ def to_be_continued(accelerator: Any, model: torch.nn.Module) -> Iterator[None]:
             state._set_sync_gradients(before)
         return
     exchanged = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-    with _kept_whole(accelerator, model), contextlib.nullcontext() if exchanged else _added_up(accelerator, model):
+    with _kept_whole(model), contextlib.nullcontext() if exchanged else _added_up(accelerator, model):
         yield
 
 
@@ -90,19 +91,34 @@ def _added_up(accelerator: Any, model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kept_whole(accelerator: Any, model: torch.nn.Module) -> Iterator[None]:
-    """While inside, FSDP2 does not share out again, after a backward pass, the weights that it keeps whole until there anyway:
-    the root's own, and all of them if it does not share them out after a forward pass."""
+def _kept_whole(model: torch.nn.Module) -> Iterator[None]:
+    """While inside, weights that FSDP2 leaves whole between a forward and a backward pass stay so behind the latter, too."""
     if not isinstance(model, FSDPModule):
         yield
         return
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    every = plugin is not None and not plugin.reshard_after_forward
-    model.set_reshard_after_backward(False, recurse=every)
+    kept: list[FSDPModule] = []
+
+    def keep(*_: Any) -> None:
+        for part in model.modules():
+            if isinstance(part, FSDPModule) and not any(isinstance(each, DTensor) for each in _own_parameters(part)):
+                part.set_reshard_after_backward(False, recurse=False)
+                kept.append(part)
+
+    after_forward = model.register_forward_hook(keep)
     try:
         yield
     finally:
-        model.set_reshard_after_backward(True, recurse=every)
+        after_forward.remove()
+        for part in kept:
+            part.set_reshard_after_backward(True, recurse=False)
+
+
+def _own_parameters(part: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """Those that FSDP2 gathers with a module itself, not with one inside it."""
+    yield from part.parameters(recurse=False)
+    for child in part.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_parameters(child)
 
 
 def now(device: torch.device) -> torch.Event | None:
