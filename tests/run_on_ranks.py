@@ -1,8 +1,8 @@
 """Training runs on each rank of a launcher: `torchrun ... run_on_ranks.py KIND ENGINE RUNS OUT`; rank 0 saves their ends.
 
-ENGINE is "ddp", "fsdp2", "fsdp2-lean" (where one rank loads weights for all), "fsdp2-whole" (where they stay whole between
-forward and backward passes), "zero1" to "zero3", "tp", or (no launcher) "none". RUNS is JSON, ``{name: settings}``; on CPUs,
-unless settings say otherwise. accelerate takes FSDP on accelerators: it is told that it may shard on CPUs, too.
+ENGINE is "ddp", "fsdp2", "zero1" to "zero3", "tp", or (no launcher) "none". RUNS is JSON, ``{name: settings}``; settings may
+hold variables of the environment, too. Runs are on CPUs, unless settings say otherwise: accelerate, which takes FSDP on
+accelerators, is told that it may shard there.
 """
 
 import contextlib
@@ -29,9 +29,13 @@ from preftree.models import compiled, products
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
+
+INSIDE = "_checkpoint_wrapped_module."  # of names of weights, where FSDP checkpoints a layer
 
 
 def zero(stage):
@@ -86,6 +90,9 @@ def run(kind, settings):
         settings["trainer_args"] = {"processing_class": processor, "ref_model": copy.deepcopy(model)}
         return train(kind, lambda: model, Dataset.from_list([data[index] for index in order]), **settings)
     data = examples(settings.get("method", "DPO"), text_pairs(settings.pop("examples", 23)))
+    if replicas := settings.pop("replicas", None):  # of what ranks share out
+        shares = int(os.environ["WORLD_SIZE"]) // replicas
+        settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shares)
     with fused_products() if settings.pop("fused", False) else contextlib.nullcontext():
         return train(kind, settings.pop("model"), dataset(data), **settings)
 
@@ -113,10 +120,8 @@ def fused_products():
 
 if __name__ == "__main__":
     kind, engine, runs, out = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
-    if engine.startswith("fsdp2"):
+    if engine == "fsdp2":
         os.environ.update(FSDP2)
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(engine == "fsdp2-lean").lower()
-        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(engine != "fsdp2-whole").lower()
         if all(settings.get("use_cpu", True) for settings in runs.values()):
             shard_on_cpus()
     if engine.startswith("zero"):
@@ -125,9 +130,9 @@ if __name__ == "__main__":
         # (accelerate leaves that out on CPUs.)
         deepspeed.init_distributed("gloo")
         runs = {name: settings | {"deepspeed": zero(int(engine[-1]))} for name, settings in runs.items()}
+    if not torch.cuda.is_available():  # accelerate knows them on accelerators alone, too
+        ParallelismConfig._validate_accelerator = lambda self, accelerator: None
     if engine == "tp":
-        if not torch.cuda.is_available():  # accelerate knows it on accelerators alone, too
-            ParallelismConfig._validate_accelerator = lambda self, accelerator: None
         split = {"tp_plan": "auto"}
         runs = {
             name: settings | {"parallelism_config": ParallelismConfig(tp_size=2), "model_init_kwargs": split}
@@ -136,15 +141,18 @@ if __name__ == "__main__":
     ends = {}
     for name, settings in runs.items():
         print(f"{kind} {engine}: {name}", flush=True)
-        with patch.object(products, "so_far", Counting(products.so_far)) as so_far:
+        environment = patch.dict(os.environ, settings.pop("environment", {}))
+        with environment, patch.object(products, "so_far", Counting(products.so_far)) as so_far:
             trainer = run(kind, settings)
-        assert isinstance(trainer.model_wrapped, FSDPModule) == engine.startswith("fsdp2")
+        assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
         rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0], device=trainer.args.device)
         ends[name] = end_of(trainer) | {"rows": trainer.accelerator.gather(rows).tolist()}
         layers = (part for part in trainer.model.modules() if isinstance(part, GradientCheckpointingLayer))
         ends[name]["added"] = so_far.given
         ends[name]["compiled"] = all(hasattr(layer, "runs_rows_compiled") for layer in layers)
-        ends[name]["weights"] = {key: whole(weight) for key, weight in trainer.model.named_parameters()}
+        weights = dict(trainer.model.named_parameters())
+        ends[name]["recomputed"] = any(INSIDE in key for key in weights)
+        ends[name]["weights"] = {key.replace(INSIDE, ""): whole(weight) for key, weight in weights.items()}
     if trainer.accelerator.is_main_process:
         torch.save(ends, out)
     # Leaving by the interpreter's own way, gloo's threads abort a rank now and then.

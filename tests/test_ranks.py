@@ -39,15 +39,21 @@ AGAINST_TRL = {
 IMAGES = {"qwen2_5_vl": {"gradient_checkpointing": True}, "llava": {}}
 # Gradients are exchanged with every row.
 SYNCED = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-# name: (engine, ranks, examples, settings), against one process. "fused" is of runs on several ranks.
+# FSDP2: layers' weights stay whole between forward and backward passes; one rank loads them for all; layers are recomputed.
+WHOLE = {"FSDP_RESHARD_AFTER_FORWARD": "false"}
+LEAN = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+RECOMPUTED = {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+# name: (engine, ranks, examples, settings), against one process.
 AGAINST_ONE = {
     "ddp-2": ("ddp", 2, 23, {"fused": True}),
     # One example is left for the last step's four ranks.
     "ddp-4": ("ddp", 4, 17, {"gradient_accumulation_steps": 2}),
     "fsdp2-2": ("fsdp2", 2, 17, {"loss_type": ["ipo"], "accelerator_config": SYNCED}),
-    "fsdp2-whole-2": ("fsdp2-whole", 2, 23, {"gradient_accumulation_steps": 2, "fused": True}),
+    "fsdp2-whole-2": ("fsdp2", 2, 23, {"gradient_accumulation_steps": 2, "fused": True, "environment": WHOLE}),
     "fsdp2-4": ("fsdp2", 4, 23, {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
-    "fsdp2-lean-2": ("fsdp2-lean", 2, 17, {}),
+    "fsdp2-lean-2": ("fsdp2", 2, 17, {"environment": LEAN}),
+    "fsdp2-recomputed-2": ("fsdp2", 2, 23, {"model": "llama-tied", "environment": RECOMPUTED}),
+    "fsdp2-hybrid-4": ("fsdp2", 4, 23, {"model": "llama-tied", "replicas": 2}),
     "zero2-2": ("zero2", 2, 23, {"gradient_accumulation_steps": 2}),
     "zero3-2": ("zero3", 2, 23, {"precompute_ref_log_probs": True}),
     # (Its norms of queries and keys see a rank's own heads.)
@@ -60,19 +66,15 @@ def of_epochs(**settings):
     return {"learning_rate": 0.003, "beta": 0.1, "max_steps": -1, "num_train_epochs": 2} | settings
 
 
-def tiny_qwen3(folder):
-    """A model that tensor parallelism splits otherwise than the common one."""
-    path = folder / "qwen3"
-    return str(path) if path.exists() else saved_model("qwen3", path, word_tokenizer())
-
-
 def against_one(path, folder, ranks, examples, **settings):
     """Settings of a run on several ranks, or on one."""
-    if settings.get("model") == "qwen3":
-        path, ranks = tiny_qwen3(folder), 1  # ranks that split a model have the same data
+    if family := settings.pop("model", None):
+        path = folder / family
+        if not path.exists():
+            saved_model(family, path, word_tokenizer())
     # (Rows between the first and the last add to gradients that DDP leaves alone.)
     own = {"row_length": 64, "compile_layers": True} if settings.get("fused") else {"row_length": 96}
-    settings |= {"model": path, "per_device_train_batch_size": 8 // ranks, "own": own}
+    settings |= {"model": str(path), "per_device_train_batch_size": 8 // ranks, "own": own}
     return of_epochs(examples=examples, **settings)
 
 
@@ -94,7 +96,9 @@ def runs(model, folder):
         found["trl", "ddp", 2][family] = settings
         found["preftree", "ddp", 2][family] = settings | own | {"own": {"row_length": 64}}
     for name, (engine, ranks, examples, settings) in AGAINST_ONE.items():
-        found["preftree", engine, ranks][name] = against_one(model, folder, ranks, examples, **settings)
+        # (Ranks that split a model have the same data.)
+        shares = 1 if engine == "tp" else ranks
+        found["preftree", engine, ranks][name] = against_one(model, folder, shares, examples, **settings)
     return found
 
 
@@ -149,12 +153,14 @@ def test_images_on_two_ranks(end, family):
 def test_the_number_of_ranks_changes_nothing(end, model_path, folder, name):
     """Not even where the last step has too few examples: none is repeated, and each counts the same."""
     engine, ranks, examples, settings = AGAINST_ONE[name]
-    fused = settings.get("fused", False)
-    settings = against_one(model_path, folder, 1, examples, **settings | {"fused": False})
-    del settings["examples"], settings["fused"]
+    of_ranks = {key: settings[key] for key in ("fused", "environment", "replicas") if key in settings}
+    settings = {key: value for key, value in settings.items() if key not in of_ranks}
+    settings = against_one(model_path, folder, 1, examples, **settings)
+    del settings["examples"]
     one = end_of(train("preftree", settings.pop("model"), dataset(text_pairs(examples)), **settings))
     several = end("preftree", engine, ranks, name)
-    assert (several["added"] > 0) == fused
+    assert (several["added"] > 0) == of_ranks.get("fused", False)
+    assert several["recomputed"] == (of_ranks.get("environment") == RECOMPUTED)
     losses = [[log["loss"] for log in each["history"] if "loss" in log] for each in (one, several)]
     assert len(losses[0]) == len(losses[1]) >= 4
     assert max(abs(a - b) / max(abs(a), 1) for a, b in zip(*losses, strict=True)) <= 1e-6
