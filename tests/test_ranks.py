@@ -14,7 +14,7 @@ from families import saved_model
 from preference_data import dataset, text_pairs
 from run_on_ranks import launch
 from torch import distributed
-from trl_runs import construct, differences, end_of, train
+from trl_runs import differences, end_of, train
 
 from preftree.trainers.ranks import HostExchange
 
@@ -43,6 +43,9 @@ SYNCED = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 WHOLE = {"FSDP_RESHARD_AFTER_FORWARD": "false"}
 LEAN = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 RECOMPUTED = {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+# Each rank saves what it has; an optimizer with a state, whose steps do not jump from a gradient's rounding.
+SHARDS = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+SMOOTH = {"optim": "adamw_torch", "adam_epsilon": 1e-3}
 # name: (engine, ranks, examples, settings), against one process.
 AGAINST_ONE = {
     "ddp-2": ("ddp", 2, 23, {"fused": True}),
@@ -84,6 +87,10 @@ def runs(model, folder):
     saved = {"output_dir": str(folder / "saved"), "save_strategy": "steps", "save_steps": 2}
     saved = of_epochs(model=model, per_device_train_batch_size=4, own={"row_length": 96}) | saved | {"max_steps": 2}
     found["preftree", "ddp", 2]["saved"] = saved
+    shared_out = saved | SMOOTH | {"output_dir": str(folder / "shared out"), "environment": SHARDS}
+    found["preftree", "fsdp2", 2]["saved"] = shared_out
+    resumed = shared_out | of_epochs(examples=23, per_device_train_batch_size=2, save_strategy="no", resume=True)
+    found["preftree", "fsdp2", 4]["resumed"] = resumed
     for name, (engine, settings) in AGAINST_TRL.items():
         settings = settings | {"model": model, "per_device_train_batch_size": 4}
         # TRL's own cache fails there: each rank looks for it in a folder of its own.
@@ -118,6 +125,8 @@ def end(model_path, folder, tmp_path_factory):
             if shutil.which("c++") is None:
                 pytest.skip("DeepSpeed compiles what its ranks meet by")
         key = (kind, engine, ranks)
+        if key == ("preftree", "fsdp2", 4):  # goes on from what two ranks have saved
+            of(kind, engine, 2, "saved")
         if key not in ends:
             ends[key] = launch(kind, engine, ranks, every[key], tmp_path_factory.mktemp("ranks") / "ends.pt")
         return ends[key][name]
@@ -194,17 +203,31 @@ def test_hosts_of_gpus_exchange_numbers(tmp_path, monkeypatch):
     assert alone.gather([3, 4]).tolist() == [[3, 4]]
 
 
+def assert_goes_on(whole, resumed):
+    """A run that was resumed after two steps of six ends as the whole one."""
+    steps = [[log["step"] for log in end["history"] if "loss" in log] for end in (whole, resumed)]
+    assert steps[0] == steps[1] == [1, 2, 3, 4, 5, 6]
+    # (Of all steps, and counted since it went on.)
+    metrics, weights = differences(whole, resumed, ("rewards/accuracies", "num_tokens", "train_loss"))
+    assert metrics <= 1e-5
+    assert weights <= 1e-6
+
+
 @pytest.mark.xdist_group("ddp")
 def test_one_process_goes_on_from_two(end, model_path, folder):
     """In the middle of an epoch, with the same pairs a step."""
     end("preftree", "ddp", 2, "saved")
     settings = of_epochs(per_device_train_batch_size=8)
     data = dataset(text_pairs(23))
-    resumed = construct("preftree", model_path, data, output_dir=str(folder / "saved"), **settings)
-    resumed.train(resume_from_checkpoint=True)
-    whole = train("preftree", model_path, data, **settings)
-    assert resumed.state.global_step == whole.state.global_step == 6
-    # (Of all steps, and counted since it went on.)
-    metrics, weights = differences(whole, resumed, ("rewards/accuracies", "num_tokens", "train_loss"))
-    assert metrics <= 1e-5
-    assert weights <= 1e-6
+    resumed = train("preftree", model_path, data, output_dir=str(folder / "saved"), resume=True, **settings)
+    assert resumed.computed["examples"] == 2 * 23 - 2 * 8
+    assert_goes_on(end_of(train("preftree", model_path, data, **settings)), end_of(resumed))
+
+
+@pytest.mark.xdist_group("fsdp2")
+def test_four_ranks_go_on_from_the_shares_of_two(end, model_path):
+    data, settings = dataset(text_pairs(23)), of_epochs(per_device_train_batch_size=8, **SMOOTH)
+    whole = end_of(train("preftree", model_path, data, **settings))
+    resumed = end("preftree", "fsdp2", 4, "resumed")
+    assert_goes_on(whole, resumed)
+    assert resumed["rows"][0] < end("preftree", "fsdp2", 4, "fsdp2-hybrid-4")["rows"][0]  # which has made all steps

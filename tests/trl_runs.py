@@ -48,11 +48,12 @@ def train(
     own: dict | None = None,
     trainer_args: dict | None = None,
     method: str = "DPO",
+    resume: bool = False,
     **settings,
 ):
     """Train with "trl" or "preftree"; ``own`` are preftree's own settings, ``settings`` those of both."""
     trainer = construct(kind, model, train_dataset, own, trainer_args, method, **settings)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
