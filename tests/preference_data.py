@@ -45,6 +45,18 @@ def dataset(pairs: list[dict]) -> Dataset:
     return Dataset.from_list(pairs)
 
 
+def ranked_texts(count: int) -> list[dict]:
+    """Two or three completions to a prompt, with scores."""
+    pairs = text_pairs(2 * count)
+    result = []
+    for first, second in zip(pairs[::2], pairs[1::2], strict=True):
+        completions = [first["chosen"], first["rejected"], second["rejected"]][: 3 - len(result) % 2]
+        result.append(
+            {"prompt": first["prompt"], "completions": completions, "scores": [2.0, 0.5, 1.0][: len(completions)]}
+        )
+    return result
+
+
 def examples(method: str, pairs: list[dict], seed: int = 5) -> list[dict]:
     """Pairs in the form that a method's trainer takes."""
     generator = random.Random(seed)

@@ -18,7 +18,7 @@ import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
-from preference_data import dataset, examples, text_pairs
+from preference_data import dataset, examples, ranked_texts, text_pairs
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl_runs import end_of, train
@@ -89,7 +89,9 @@ def run(kind, settings):
         processor, model = build(family)
         settings["trainer_args"] = {"processing_class": processor, "ref_model": copy.deepcopy(model)}
         return train(kind, lambda: model, Dataset.from_list([data[index] for index in order]), **settings)
-    data = examples(settings.get("method", "DPO"), text_pairs(settings.pop("examples", 23)))
+    count = settings.pop("examples", 23)
+    method = settings.get("method", "DPO")
+    data = ranked_texts(count) if settings.pop("ranked", False) else examples(method, text_pairs(count))
     if replicas := settings.pop("replicas", None):  # of what ranks share out
         shares = int(os.environ["WORLD_SIZE"]) // replicas
         settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shares)

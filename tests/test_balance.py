@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from preftree.plan import ModelCost
 from preftree.trainers.balance import BalancedBatches, assign, costs_of, imbalance, share_out
 from preftree.trainers.collator import TreeCollator
+from preftree.trainers.groups import Layout
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
@@ -76,14 +77,24 @@ def test_costs_are_those_of_a_tree():
         tokens = prompt + chosen + rejected
         return cost.per_token * tokens + cost.per_pair * visible + cost.per_scored * (chosen + rejected)
 
-    assert costs_of(data, config, None).tolist() == pytest.approx([expected(*each) for each in lengths])
+    assert costs_of(data, Layout(), config).tolist() == pytest.approx([expected(*each) for each in lengths])
     order = [3, 0, 3]
-    assert costs_of(data.select(order), config, None).tolist() == pytest.approx([expected(*lengths[i]) for i in order])
+    assert costs_of(data.select(order), Layout(), config).tolist() == pytest.approx(
+        [expected(*lengths[i]) for i in order]
+    )
     # Cut to ten tokens.
     cut = [(5, 3, 2), (9, 1, 1), (2, 8, 8), (10, 0, 0)]
-    assert costs_of(data, config, 10).tolist() == pytest.approx([expected(*each) for each in cut])
-    assert costs_of(data.remove_columns("prompt_ids"), config, None) is None
-    assert costs_of(data.to_iterable_dataset(), config, None) is None
+    assert costs_of(data, Layout(max_length=10), config).tolist() == pytest.approx([expected(*each) for each in cut])
+    assert costs_of(data.remove_columns("prompt_ids"), Layout(), config) is None
+    assert costs_of(data.to_iterable_dataset(), Layout(), config) is None
+    # Sequences that hold their prompts, which are told or not.
+    columns = {"prompt_input_ids": [5, 9], "chosen_input_ids": [8, 10], "rejected_input_ids": [7, 13]}
+    labelled = Dataset.from_dict({name: [list(range(n)) for n in counts] for name, counts in columns.items()})
+    told = [expected(5, 3, 2), expected(9, 1, 4)]
+    assert costs_of(labelled, Layout(form="labels"), config).tolist() == pytest.approx(told)
+    whole = Dataset.from_dict({"chosen_ids": [[1] * 8, [1] * 10], "rejected_ids": [[1] * 7, [1] * 13]})
+    alone = [expected(0, 8, 7), expected(0, 10, 12)]
+    assert costs_of(whole, Layout(form="whole", max_length=12), config).tolist() == pytest.approx(alone)
 
 
 def loader_of(rank, ranks=3, batch_size=2, count=17, **options):

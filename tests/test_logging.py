@@ -3,10 +3,11 @@
 import math
 
 import pytest
+import torch
 from preference_data import dataset, text_pairs
 from trl_runs import classes, construct, differences
 
-from preftree.trainers.metrics import Unread
+from preftree.trainers import base, metrics
 
 
 def trained(kind, model_path, lost=(), **settings):
@@ -45,10 +46,48 @@ def test_losses_that_are_not_finite(model_path, lost, settings):
     assert ours.args.logging_nan_inf_filter == settings.get("logging_nan_inf_filter", True)
 
 
+def test_ranks_put_their_metrics_together():
+    """What ranks hold of a metric, some of them nothing, against what all values give together."""
+    per_rank = [torch.tensor([1.0, 5.0, -2.0]), torch.tensor([]), torch.tensor([3.0])]
+    every = torch.cat(per_rank)
+
+    def of_rank(values):
+        positive = values > 0
+        above = metrics.ratio_if_any(values[positive].sum(), positive.sum())
+        below = metrics.ratio_if_any(values[~positive].sum(), (~positive).sum())
+        none = metrics.ratio_if_any(torch.zeros(()), torch.zeros(()))
+        return {
+            "mean": metrics.mean(values),
+            "of ranks": metrics.mean_of_ranks(values.sum()),
+            "smallest": metrics.smallest(values),
+            "largest": metrics.largest(values),
+            "below": below,
+            "margin": metrics.difference_if_any(above, below),
+            "none": none,
+            "no margin": metrics.difference_if_any(above, none),
+            "zero": metrics.ratio(torch.zeros(()), torch.zeros(())),
+        }
+
+    kept = [[metrics.Unread.of(of_rank(each)) for each in (values, 2 * values)] for values in per_rank]
+    gather = iter([torch.stack([torch.cat([each.parts for each in own]) for own in kept])])
+    first, second = metrics.read(kept[0], lambda own: next(gather))
+    below = every[every <= 0].mean().item()
+    expected = {"mean": every.mean().item(), "of ranks": every.sum().item() / 3, "smallest": -2.0, "largest": 5.0}
+    expected |= {"below": below, "margin": every[every > 0].mean().item() - below, "zero": 0.0}
+    assert first == pytest.approx(expected)
+    assert second == pytest.approx({name: 2 * value for name, value in expected.items()})
+    assert metrics.read([], None) == []
+
+
 def test_metrics_are_read_when_they_are_logged(model_path, monkeypatch):
     """Not step by step, where the device would be waited for."""
-    read, steps = Unread.read, []
-    monkeypatch.setattr(Unread, "read", lambda self: (steps.append(ours.state.global_step), read(self))[1])
+    steps = []
+
+    def read(unread, gather):
+        steps.extend([ours.state.global_step] * bool(unread))
+        return metrics.read(unread, gather)
+
+    monkeypatch.setattr(base, "read", read)
     settings = {"logging_steps": 3, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2}
     data = dataset(text_pairs(24))
     theirs, ours = (
@@ -56,6 +95,5 @@ def test_metrics_are_read_when_they_are_logged(model_path, monkeypatch):
     )
     theirs.train()
     ours.train()
-    metrics, parameters = differences(theirs, ours)
-    assert max(metrics, parameters) <= 1e-4
-    assert set(steps) == {2, 3, 4, 6}
+    assert max(differences(theirs, ours)) <= 1e-4
+    assert steps == [2, 2, 3, 4, 4, 6, 6]

@@ -7,11 +7,12 @@ import shutil
 from collections import defaultdict
 from types import SimpleNamespace
 
+import preference_data
 import pytest
 import torch
 from conftest import word_tokenizer
 from families import saved_model
-from preference_data import dataset, text_pairs
+from preference_data import dataset, ranked_texts, text_pairs
 from run_on_ranks import launch
 from torch import distributed
 from trl_runs import differences, end_of, train
@@ -25,7 +26,7 @@ AGAINST_TRL = {
     "orpo": ("ddp", {"method": "ORPO", "learning_rate": 0.01}),
     "kto": ("ddp", {"method": "KTO", "learning_rate": 0.01}),
     "kto-cached": ("ddp", {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01}),
-    "reward": ("ddp", {"method": "Reward", "learning_rate": 1e-3}),
+    "reward": ("ddp", {"method": "Reward", "learning_rate": 1e-3, "max_steps": 2}),
     "fsdp2-accumulation": ("fsdp2", {"gradient_accumulation_steps": 2, "max_steps": 1}),
     "fsdp2-two-passes": ("fsdp2", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
     "fsdp2-kto-cached": ("fsdp2", {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01}),
@@ -46,9 +47,13 @@ RECOMPUTED = {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
 # Each rank saves what it has; an optimizer with a state, whose steps do not jump from a gradient's rounding.
 SHARDS = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 SMOOTH = {"optim": "adamw_torch", "adam_epsilon": 1e-3}
+RANKED = {"method": "ORPO", "train_sampling_strategy": "sequential", "max_steps": 2}
 # name: (engine, ranks, examples, settings), against one process.
 AGAINST_ONE = {
     "ddp-2": ("ddp", 2, 23, {"fused": True}),
+    "reward-2": ("ddp", 2, 23, {"method": "Reward"}),
+    "simpo-4": ("ddp", 4, 17, {"method": "CPO", "loss_type": "simpo", "cpo_alpha": 0.0}),
+    "tpo-2": ("ddp", 2, 23, {"method": "TPO", "tpo_alpha": 0.0}),
     # One example is left for the last step's four ranks.
     "ddp-4": ("ddp", 4, 17, {"gradient_accumulation_steps": 2}),
     "fsdp2-2": ("fsdp2", 2, 17, {"loss_type": ["ipo"], "accelerator_config": SYNCED}),
@@ -78,7 +83,10 @@ def against_one(path, folder, ranks, examples, **settings):
     # (Rows between the first and the last add to gradients that DDP leaves alone.)
     own = {"row_length": 64, "compile_layers": True} if settings.get("fused") else {"row_length": 96}
     settings |= {"model": str(path), "per_device_train_batch_size": 8 // ranks, "own": own}
-    return of_epochs(examples=examples, **settings)
+    settings = of_epochs(examples=examples, **settings)
+    if settings.get("method") == "Reward":
+        del settings["beta"]
+    return settings
 
 
 def runs(model, folder):
@@ -97,6 +105,7 @@ def runs(model, folder):
         stock = {key: value for key, value in settings.items() if key != "precompute_ref_log_probs"}
         found["trl", engine, 2][name] = stock
         found["preftree", engine, 2][name] = settings | {"own": {"row_length": 64}}
+    found["preftree", "ddp", 2]["ranked"] = RANKED | {"model": model, "ranked": True, "per_device_train_batch_size": 4}
     for family, own in IMAGES.items():
         settings = {"images": family, "per_device_train_batch_size": 2, "learning_rate": 0.01}
         settings |= {"train_sampling_strategy": "sequential"}
@@ -158,6 +167,17 @@ def test_images_on_two_ranks(end, family):
     assert max(differences(end("trl", "ddp", 2, family), end("preftree", "ddp", 2, family))) <= 1e-5
 
 
+@pytest.mark.xdist_group("ddp")
+def test_metrics_of_ranks_that_have_different_numbers_of_pairs(end, model_path):
+    """Prompts have two or three completions, which make one or three pairs; the first step's weights are those of all."""
+    data = dataset(ranked_texts(23))
+    one = end_of(train("preftree", model_path, data, per_device_train_batch_size=8, **RANKED))["history"][0]
+    two = end("preftree", "ddp", 2, "ranked")["history"][0]
+    names = [name for name in one if name.startswith(("rewards/", "logps/", "logits/"))]
+    assert len(names) == 8
+    assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", together(AGAINST_ONE))
 def test_the_number_of_ranks_changes_nothing(end, model_path, folder, name):
     """Not even where the last step has too few examples: none is repeated, and each counts the same."""
@@ -166,7 +186,8 @@ def test_the_number_of_ranks_changes_nothing(end, model_path, folder, name):
     settings = {key: value for key, value in settings.items() if key not in of_ranks}
     settings = against_one(model_path, folder, 1, examples, **settings)
     del settings["examples"]
-    one = end_of(train("preftree", settings.pop("model"), dataset(text_pairs(examples)), **settings))
+    data = dataset(preference_data.examples(settings.get("method", "DPO"), text_pairs(examples)))
+    one = end_of(train("preftree", settings.pop("model"), data, **settings))
     several = end("preftree", engine, ranks, name)
     assert (several["added"] > 0) == of_ranks.get("fused", False)
     assert several["recomputed"] == (of_ranks.get("environment") == RECOMPUTED)

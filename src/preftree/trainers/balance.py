@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import PreTrainedConfig
 
 from preftree.plan import ModelCost
+from preftree.trainers.groups import Layout
 
 
 def assign(costs: Sequence[float], ranks: int) -> list[list[int]]:
@@ -93,19 +94,24 @@ def share_out(loader: DataLoader, costs: np.ndarray | None) -> bool:
     return True
 
 
-def costs_of(dataset: object, config: PreTrainedConfig, max_length: int | None) -> np.ndarray | None:
-    """Operations of each pair as a tree that shares the prompt; None for data that are not tokenised pairs."""
-    if not isinstance(dataset, Dataset) or not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(
-        dataset.column_names
-    ):
+def costs_of(dataset: object, layout: Layout, config: PreTrainedConfig) -> np.ndarray | None:
+    """Operations of each example as a tree that shares the prompt, where the data say what that is; None for data that are
+    not tokenised, and for ranked ones."""
+    prompt, *sides = (f"{name}_{'input_' * (layout.form == 'labels')}ids" for name in ("prompt", *layout.sides))
+    needed = {prompt, *sides} if layout.form == "prompt" else set(sides)
+    if not isinstance(dataset, Dataset) or not needed <= set(dataset.column_names):
         return None
     try:
         cost = ModelCost.from_config(config)
     except Exception:  # a class that cannot be made of its configuration alone: by tokens
         cost = ModelCost(1.0, 0.0, 0.0)
-    limit = np.inf if max_length is None else max_length
-    prompts = np.minimum(_lengths(dataset, "prompt_ids"), limit)
-    responses = [np.minimum(_lengths(dataset, side), limit - prompts) for side in ("chosen_ids", "rejected_ids")]
+    limit = np.inf if layout.max_length is None else layout.max_length
+    whole = [_lengths(dataset, side) for side in sides]
+    prompts = _lengths(dataset, prompt) if prompt in dataset.column_names else np.zeros_like(whole[0])
+    if layout.form != "prompt":  # the prompt stands in each sequence
+        whole = [np.maximum(lengths - prompts, 0.0) for lengths in whole]
+    prompts = np.minimum(prompts, limit)
+    responses = [np.minimum(lengths, limit - prompts) for lengths in whole]
     return cost.of_prompts(prompts, np.stack(responses, axis=1))
 
 

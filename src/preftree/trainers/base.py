@@ -32,7 +32,7 @@ from preftree.trainers.config import upgrade
 from preftree.trainers.finite import FiniteLosses
 from preftree.trainers.garbage import ObjectsKept
 from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
-from preftree.trainers.metrics import Metrics, Unread, mean
+from preftree.trainers.metrics import Metrics, Unread, mean_of_ranks, read
 from preftree.trainers.preparation import DataPreparation
 from preftree.trainers.ranks import HostExchange, adds_in_place, gradients_apart, now, to_be_continued, unchanged_since
 from preftree.trainers.row_length import FitRows
@@ -108,14 +108,20 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         return True
 
     @property
+    def _by_example(self) -> bool:
+        """Whether the loss is a mean over examples, each by itself."""
+        return False
+
+    @property
     def _shares_out(self) -> bool:
         """Whether a step's examples are shared out over ranks by cost: a loss that is a mean over them does not see it."""
-        return False
+        shared = self.args.world_size > 1 and not self._user_collator
+        return shared and self._by_example and self._aux_coefficient is None
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         if self._shares_out:
-            share_out(loader, costs_of(loader.dataset, self.model.config, self.args.max_length))
+            share_out(loader, costs_of(loader.dataset, self._trees.layout, self.model.config))
         return loader
 
     @property
@@ -314,7 +320,9 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
 
     def evaluation_loop(self, *args, **kwargs):
         with self._nan_inf_filter(self.args.logging_nan_inf_filter or self._finite_losses.on):
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+        self._read_metrics()
+        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "row" in inputs and self._batch is not None:
@@ -369,13 +377,12 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         if self.args.world_size == 1:
             return batch
         seen = batch.rows_with_images
-        counts = self.exchange.gather([len(batch.rows) - seen, seen, batch.units, batch.normaliser, batch.num_tokens])
-        batch.tokens_of_ranks = int(counts[:, 4].sum())
+        counts = self.exchange.gather([len(batch.rows) - seen, seen, batch.normaliser, batch.num_tokens])
+        batch.tokens_of_ranks = int(counts[:, 3].sum())
         (_, fewest), (without_images, with_images) = torch.stack(counts[:, :2].aminmax(dim=0)).long().tolist()
         if self._shares_out:
             # Ranks' losses are averaged: each counts as much as it has of all examples.
-            batch.weights = batch.weights * (batch.normaliser * self.args.world_size / float(counts[:, 3].sum()))
-            batch.units_of_ranks = counts[:, 2].long().tolist()
+            batch.weights = batch.weights * (batch.normaliser * self.args.world_size / float(counts[:, 2].sum()))
         if with_images and not fewest and self.accelerator.distributed_type in _SHARDING:
             raise NotImplementedError(
                 f"a rank's batch has images and another's has none: with {self.accelerator.distributed_type.value} both must "
@@ -445,7 +452,7 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
     def _log_metrics(self, batch: MicroBatch, mode: str) -> None:
         values = self._metrics_of(batch)
         if "aux_loss" in batch.scalars:
-            values["aux_loss"] = mean(batch.scalars["aux_loss"], self.accelerator.gather)
+            values["aux_loss"] = mean_of_ranks(batch.scalars["aux_loss"])
         self._keep_metrics(values, mode)
         if mode == "train":
             self._total_train_tokens += batch.tokens_of_ranks // self._tp_size
@@ -460,10 +467,26 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         for name, value in values.items():
             self._metrics[mode][name].append(value)
 
-    def log(self, logs, *args, **kwargs):
+    def _numbers(self, batch: MicroBatch) -> dict[str, float]:
+        """A micro-batch's metrics at once."""
+        return read([Unread.of(self._metrics_of(batch))], self.accelerator.gather)[0]
+
+    def _read_metrics(self) -> None:
+        """Hand what has been kept to TRL's `log`. All ranks do."""
         unread, self._unread = self._unread, []
-        for mode, values in unread:
-            self._store_metrics(values.read(), mode)
+        numbers = read([metrics for _, metrics in unread], self.accelerator.gather)
+        for (mode, _), values in zip(unread, numbers, strict=True):
+            self._store_metrics(values, mode)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        control, ends = self.control, self.state.global_step >= self.state.max_steps
+        if control.should_log or control.should_evaluate or control.should_training_stop or ends:
+            self._read_metrics()
+        return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        if self.args.world_size == 1:  # (several ranks have read them: not all of them may log)
+            self._read_metrics()
         if "loss" in logs:
             self._finite_losses.begin(self.state.global_step)
         return super().log(logs, *args, **kwargs)

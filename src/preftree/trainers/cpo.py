@@ -34,6 +34,10 @@ class CPOTrainer(LikelihoodTrainer, trl.experimental.cpo.CPOTrainer):
             alpha=self.alpha,
         )
 
+    @property
+    def _by_example(self) -> bool:
+        return not self.cpo_alpha  # (which weighs a mean over tokens, a rank's in TRL)
+
     def _objective(self, batch: MicroBatch, terms: Terms) -> torch.Tensor:
         losses = CPO_LOSSES[self.loss_type](pairs_without_reference(terms), self._options)
         loss = self._weighted_sum(batch, terms, losses)

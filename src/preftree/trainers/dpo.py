@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from preftree.objectives import DPO_LOSSES, MIXING, DPOOptions, Pairs, plackett_
 from preftree.packing import PackedRow
 from preftree.trainers.config import LIST_LOSS, DPOConfig
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import Metrics, entropy, gather_uneven, logit_metrics, pair_metrics, token_mean
+from preftree.trainers.metrics import Metrics, entropy, logit_metrics, pair_metrics, token_mean
 from preftree.trainers.referenced import ReferencedTrainer
 from preftree.trainers.step import MicroBatch, Terms, weighted_logps, wpo_weights
 from preftree.trainers.vision import ImageReader, holds_images, image_token_ids
@@ -96,10 +95,9 @@ class DPOTrainer(ReferencedTrainer, trl.DPOTrainer):
         return not MIXING.intersection(self.loss_types)
 
     @property
-    def _shares_out(self) -> bool:
+    def _by_example(self) -> bool:
         # ("sft" is a mean over tokens, a rank's in TRL.)
-        by_example = self._additive and not {LIST_LOSS, "sft"}.intersection(self.loss_types)
-        return self.args.world_size > 1 and by_example and self._aux_coefficient is None and not self._user_collator
+        return self._additive and not {LIST_LOSS, "sft"}.intersection(self.loss_types)
 
     def _policy_terms(self, row: PackedRow, out: Any) -> dict[str, torch.Tensor]:
         return {
@@ -142,18 +140,16 @@ class DPOTrainer(ReferencedTrainer, trl.DPOTrainer):
         return self._weighted_sum(batch, terms, total)
 
     def _metrics_of(self, batch: MicroBatch) -> Metrics:
-        gather = self.accelerator.gather
         chosen, rejected = batch.side("chosen", "logps"), batch.side("rejected", "logps")
         return {
-            "entropy": entropy(batch, gather),
-            "mean_token_accuracy": token_mean(batch, "chosen", "top1", gather),
-            **logit_metrics(batch, gather),
+            "entropy": entropy(batch),
+            "mean_token_accuracy": token_mean(batch, "chosen", "top1"),
+            **logit_metrics(batch),
             **pair_metrics(
                 self.beta * (chosen - batch.side("chosen", "ref")),
                 self.beta * (rejected - batch.side("rejected", "ref")),
                 chosen,
                 rejected,
-                partial(gather_uneven, gather, batch.units_of_ranks),
             ),
         }
 

@@ -19,7 +19,7 @@ from preftree.trainers.checks import PAIR_FIELDS, ROW, check_columns, check_raw,
 from preftree.trainers.collator import TreeCollator
 from preftree.trainers.config import KTOConfig
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import Metrics, entropy
+from preftree.trainers.metrics import Metrics, difference_if_any, entropy, mean_of_ranks, ratio_if_any
 from preftree.trainers.referenced import ReferencedTrainer
 from preftree.trainers.step import MicroBatch, Terms
 
@@ -188,22 +188,18 @@ class KTOTrainer(ReferencedTrainer, trl.KTOTrainer):
             super()._count(self._mismatched)
 
     def _metrics_of(self, batch: MicroBatch) -> Metrics:
-        gather = self.accelerator.gather
         logps, ref = batch.side("completion", "logps"), batch.side("completion", "ref")
         tokens, logits = batch.side("completion", "tokens"), batch.side("completion", "mean_logits")
         desirable = batch.columns["label"].to(logps.device).bool()
-        result: Metrics = {"kl": batch.scalars["kl"], "entropy": entropy(batch, gather, ("completion",))}
-        for side, chosen in (("chosen", desirable), ("rejected", ~desirable)):
+        result: Metrics = {"kl": mean_of_ranks(batch.scalars["kl"]), "entropy": entropy(batch, ("completion",))}
+        # (A micro-batch may have none of a kind.)
+        for side, of_kind in (("chosen", desirable), ("rejected", ~desirable)):
             values = torch.stack((self.beta * (logps - ref), logps, logits, tokens, torch.ones_like(logps)))
-            # Sums over ranks: a rank may have none of a kind.
-            rewards, total, logit_sum, count, examples = gather(values[:, chosen].sum(1)[None]).sum(0).tolist()
-            if count:
-                result[f"logits/{side}"] = logit_sum / count
-            if examples:
-                result[f"rewards/{side}"] = rewards / examples
-                result[f"logps/{side}"] = total / examples
-        if "rewards/chosen" in result and "rewards/rejected" in result:
-            result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
+            rewards, total, logit_sum, count, examples = torch.where(of_kind, values, 0.0).sum(1)
+            result[f"logits/{side}"] = ratio_if_any(logit_sum, count)
+            result[f"rewards/{side}"] = ratio_if_any(rewards, examples)
+            result[f"logps/{side}"] = ratio_if_any(total, examples)
+        result["rewards/margins"] = difference_if_any(result["rewards/chosen"], result["rewards/rejected"])
         return result
 
 

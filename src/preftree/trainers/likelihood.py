@@ -15,7 +15,7 @@ from trl.trainer.utils import get_config_model_id
 from preftree.trainers.base import TreeTrainer
 from preftree.trainers.checks import columns_of, source_of
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import Metrics, as_floats, logit_metrics, mean, pair_metrics
+from preftree.trainers.metrics import Metrics, logit_metrics, mean_of_ranks, pair_metrics
 from preftree.trainers.step import MicroBatch, mean_nll
 
 # What TRL's trainers cut at if max_length is None.
@@ -99,7 +99,7 @@ class LikelihoodTrainer(TreeTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _outputs(self, model, inputs, batch: MicroBatch) -> Any:
-        return as_floats(self._metrics_of(batch))
+        return self._numbers(batch)
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
@@ -111,14 +111,23 @@ class LikelihoodTrainer(TreeTrainer):
         nll_side: str | None,
     ) -> Metrics:
         """TRL's metrics of both trainers; ``nll_side`` is what the likelihood term scores, None without one."""
-        nll = torch.zeros(1, device=self.args.device)
+        nll = torch.zeros((), device=self.args.device)
         if nll_side is not None:
             nll = mean_nll(batch, batch, nll_side)
+        own = self._units_of_its_own(batch)
         return {
-            **pair_metrics(*rewards, *logps, self.accelerator.gather_for_metrics),
-            **logit_metrics(batch, self.accelerator.gather),
-            "nll_loss": mean(nll, self.accelerator.gather),
+            **pair_metrics(*(values[:own] for values in (*rewards, *logps))),
+            **logit_metrics(batch),
+            "nll_loss": mean_of_ranks(nll),
         }
+
+    def _units_of_its_own(self, batch: MicroBatch) -> int:
+        """How many of this rank's pairs do not repeat others, to fill up the last batch (`Accelerator.gather_for_metrics`)."""
+        state = self.accelerator.gradient_state
+        repeats = state.end_of_dataloader and state.remainder > 0 and not self._shares_out
+        if not repeats or self.args.world_size == 1 or batch.units != batch.examples:
+            return batch.units
+        return min(max(state.remainder - self.args.process_index * batch.units, 0), batch.units)
 
     def _log_metrics(self, batch: MicroBatch, mode: str) -> None:
         self._keep_metrics(self._metrics_of(batch), mode)
@@ -129,7 +138,7 @@ class LikelihoodTrainer(TreeTrainer):
     def get_batch_loss_metrics(self, model, batch, train_eval="train"):
         """TRL's evaluation calls this: ``(loss, metrics)`` of a collated batch."""
         micro_batch, loss = self._whole_loss(model, batch)
-        return loss, _named(as_floats(self._metrics_of(micro_batch)), train_eval)
+        return loss, _named(self._numbers(micro_batch), train_eval)
 
     def evaluation_loop(self, *args, **kwargs):
         # `generate_during_eval` collates a padded batch of its own; the loop's batches are collated already.

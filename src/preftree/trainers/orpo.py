@@ -12,7 +12,7 @@ from preftree.objectives import log_odds, odds_ratio
 from preftree.trainers.config import ORPOConfig
 from preftree.trainers.groups import Layout
 from preftree.trainers.likelihood import LikelihoodTrainer
-from preftree.trainers.metrics import Metrics, mean
+from preftree.trainers.metrics import Metrics, mean_of_ranks
 from preftree.trainers.step import MicroBatch, Terms, mean_nll, pairs_without_reference
 
 
@@ -45,6 +45,6 @@ class ORPOTrainer(LikelihoodTrainer, trl.experimental.orpo.ORPOTrainer):
         # Means of each rank's means, as in TRL.
         return {
             **self._likelihood_metrics(batch, rewards, logps, "chosen_whole"),
-            "log_odds_ratio": mean(torch.nn.functional.logsigmoid(odds).mean(), self.accelerator.gather),
-            "log_odds_chosen": mean(odds.mean(), self.accelerator.gather),
+            "log_odds_ratio": mean_of_ranks(torch.nn.functional.logsigmoid(odds).mean()),
+            "log_odds_chosen": mean_of_ranks(odds.mean()),
         }

@@ -15,7 +15,7 @@ from preftree.rewards import sequence_rewards
 from preftree.trainers.base import TreeTrainer
 from preftree.trainers.config import RewardConfig
 from preftree.trainers.groups import Layout
-from preftree.trainers.metrics import Metrics, mean
+from preftree.trainers.metrics import Metrics, largest, mean, smallest
 from preftree.trainers.step import MicroBatch, Terms
 
 
@@ -35,6 +35,10 @@ class RewardTrainer(TreeTrainer, trl.RewardTrainer):
     columns = ("margin",)
     cuts_at_max_length = False
     predicts_logits = False
+
+    @property
+    def _by_example(self) -> bool:
+        return True
 
     @classmethod
     def layout(cls, args: Any) -> Layout:
@@ -67,15 +71,13 @@ class RewardTrainer(TreeTrainer, trl.RewardTrainer):
 
     def _metrics_of(self, batch: MicroBatch) -> Metrics:
         chosen, rejected = batch.side("chosen", "rewards"), batch.side("rejected", "rewards")
-        gather = self.accelerator.gather
-        rewards = gather(torch.cat((chosen, rejected)))
+        rewards = torch.cat((chosen, rejected))
         return {
-            "min_reward": rewards.min(),
-            "mean_reward": rewards.mean(),
-            "max_reward": rewards.max(),
-            # Means of each rank's means, as in TRL.
-            "accuracy": mean((chosen > rejected).float().mean(), gather),
-            "margin": mean((chosen - rejected).mean(), gather),
+            "min_reward": smallest(rewards),
+            "mean_reward": mean(rewards),
+            "max_reward": largest(rewards),
+            "accuracy": mean((chosen > rejected).float()),
+            "margin": mean(chosen - rejected),
         }
 
     def _outputs(self, model, inputs, batch: MicroBatch) -> SequenceClassifierOutput:

@@ -35,7 +35,6 @@ class MicroBatch:
         group_sizes: how many sequences each example of the data has.
         reference: fp32 ``[sequences]``, cached reference log-probabilities, or None.
         columns: numbers of the data, fp32 ``[examples]`` each.
-        units_of_ranks: how many units each rank has, where ranks share out their examples.
         tokens_of_ranks: `num_tokens` of all ranks.
         gradient: the gradient of a loss that is no sum over rows, where a first pass has found it.
         values: what has been recorded of each sequence, by name, detached ``[sequences]``.
@@ -52,7 +51,6 @@ class MicroBatch:
     group_sizes: list[int]
     reference: torch.Tensor | None = None
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
-    units_of_ranks: list[int] | None = None
     tokens_of_ranks: int = 0
     gradient: Gradient | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)

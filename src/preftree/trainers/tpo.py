@@ -34,6 +34,10 @@ class TPOTrainer(TreeTrainer, trl.experimental.tpo.TPOTrainer):
         sides = cls.fields if args.tpo_alpha else cls.fields[:2]
         return Layout(sides=sides, max_length=args.max_length, truncation_mode=args.truncation_mode)
 
+    @property
+    def _by_example(self) -> bool:
+        return not self.tpo_alpha
+
     def _options(self) -> LikelihoodOptions:
         return LikelihoodOptions(self.beta, self.label_smoothing, self.tpo_l_gamma)
 
@@ -43,12 +47,11 @@ class TPOTrainer(TreeTrainer, trl.experimental.tpo.TPOTrainer):
         return loss + self.tpo_alpha * mean_nll(batch, terms, "reference") if self.tpo_alpha else loss
 
     def _metrics_of(self, batch: MicroBatch) -> Metrics:
-        gather = self.accelerator.gather
         per_token = self.loss_type in PER_TOKEN
         chosen, rejected = implicit_rewards(pairs_without_reference(batch), per_token, LikelihoodOptions())
         return {
-            "entropy": entropy(batch, gather, self._trees.layout.sides),
-            "mean_token_accuracy": token_mean(batch, "chosen", "top1", gather),
-            **logit_metrics(batch, gather),
-            **pair_metrics(self.beta * chosen, self.beta * rejected, chosen, rejected, gather),
+            "entropy": entropy(batch, self._trees.layout.sides),
+            "mean_token_accuracy": token_mean(batch, "chosen", "top1"),
+            **logit_metrics(batch),
+            **pair_metrics(self.beta * chosen, self.beta * rejected, chosen, rejected),
         }
