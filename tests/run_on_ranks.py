@@ -95,6 +95,8 @@ def run(kind, settings):
     if replicas := settings.pop("replicas", None):  # of what ranks share out
         shares = int(os.environ["WORLD_SIZE"]) // replicas
         settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shares)
+    if evaluated := settings.pop("evaluated", None):
+        settings["trainer_args"] = {"eval_dataset": dataset(examples(method, text_pairs(evaluated)))}
     with fused_products() if settings.pop("fused", False) else contextlib.nullcontext():
         return train(kind, settings.pop("model"), dataset(data), **settings)
 

@@ -23,8 +23,12 @@ from preftree.trainers.ranks import HostExchange
 AGAINST_TRL = {
     "accumulation": ("ddp", {"gradient_accumulation_steps": 2, "max_steps": 1}),
     "two-passes": ("ddp", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
-    "orpo": ("ddp", {"method": "ORPO", "learning_rate": 0.01}),
-    "kto": ("ddp", {"method": "KTO", "learning_rate": 0.01}),
+    # (Some of the last batch's examples are evaluated twice, and counted once; the last step's metrics are logged at the end.)
+    "orpo": (
+        "ddp",
+        {"method": "ORPO", "learning_rate": 0.01, "evaluated": 23, "eval_strategy": "steps", "eval_steps": 2},
+    ),
+    "kto": ("ddp", {"method": "KTO", "learning_rate": 0.01, "logging_steps": 2}),
     "kto-cached": ("ddp", {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01}),
     "reward": ("ddp", {"method": "Reward", "learning_rate": 1e-3, "max_steps": 2}),
     "fsdp2-accumulation": ("fsdp2", {"gradient_accumulation_steps": 2, "max_steps": 1}),
