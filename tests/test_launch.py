@@ -84,7 +84,7 @@ def test_two_processes_train_as_one(script, recipe, alone, tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("fsdp2", FSDP2 | {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+        ("fsdp2", FSDP2 | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "ACCELERATE_MIXED_PRECISION": "bf16"}),
         ("zero3", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
     ],
 )

@@ -19,22 +19,22 @@ from trl_runs import differences, end_of, train
 
 from preftree.trainers.ranks import HostExchange
 
+# How many examples are evaluated, and when.
+EVALUATED = {"evaluated": 24, "eval_strategy": "steps", "eval_steps": 2}
 # name: (engine, settings), two ranks against TRL's two.
 AGAINST_TRL = {
     "accumulation": ("ddp", {"gradient_accumulation_steps": 2, "max_steps": 1}),
-    "two-passes": ("ddp", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
-    # (Some of the last batch's examples are evaluated twice, and counted once; the last step's metrics are logged at the end.)
-    "orpo": (
-        "ddp",
-        {"method": "ORPO", "learning_rate": 0.01, "evaluated": 23, "eval_strategy": "steps", "eval_steps": 2},
-    ),
+    "two-passes": ("ddp", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True} | EVALUATED),
+    # (Some of the last batch's examples are evaluated twice, and counted once.)
+    "orpo": ("ddp", {"method": "ORPO", "learning_rate": 0.01} | EVALUATED | {"evaluated": 23}),
+    # (The last step's metrics are logged at the end.)
     "kto": ("ddp", {"method": "KTO", "learning_rate": 0.01, "logging_steps": 2}),
+    "cpo": ("ddp", {"method": "CPO", "learning_rate": 0.01}),
     "kto-cached": ("ddp", {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01}),
     "reward": ("ddp", {"method": "Reward", "learning_rate": 1e-3, "max_steps": 2}),
     "fsdp2-accumulation": ("fsdp2", {"gradient_accumulation_steps": 2, "max_steps": 1}),
     "fsdp2-two-passes": ("fsdp2", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
     "fsdp2-kto-cached": ("fsdp2", {"method": "KTO", "precompute_ref_log_probs": True, "learning_rate": 0.01}),
-    "zero1-accumulation": ("zero1", {"gradient_accumulation_steps": 2, "max_steps": 1}),
     "zero2-two-passes": ("zero2", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
     "zero3-accumulation": ("zero3", {"gradient_accumulation_steps": 2, "max_steps": 1}),
     "zero3-two-passes": ("zero3", {"loss_type": ["aot", "sft"], "gradient_checkpointing": True}),
@@ -66,6 +66,7 @@ AGAINST_ONE = {
     "fsdp2-lean-2": ("fsdp2", 2, 17, {"environment": LEAN}),
     "fsdp2-recomputed-2": ("fsdp2", 2, 23, {"model": "llama-tied", "environment": RECOMPUTED}),
     "fsdp2-hybrid-4": ("fsdp2", 4, 23, {"model": "llama-tied", "replicas": 2}),
+    "zero1-2": ("zero1", 2, 23, {"gradient_accumulation_steps": 2}),
     "zero2-2": ("zero2", 2, 23, {"gradient_accumulation_steps": 2}),
     "zero3-2": ("zero3", 2, 23, {"precompute_ref_log_probs": True}),
     # (Its norms of queries and keys see a rank's own heads.)
@@ -156,7 +157,7 @@ def together(runs):
 def test_two_ranks(end, name):
     engine, settings = AGAINST_TRL[name]
     theirs, ours = end("trl", engine, 2, name), end("preftree", engine, 2, name)
-    metrics, weights = differences(theirs, ours, ("logits/",) if settings.get("method") == "ORPO" else ())
+    metrics, weights = differences(theirs, ours, ("logits/",) if settings.get("method") in ("ORPO", "CPO") else ())
     assert metrics <= 1e-5
     assert weights <= 1e-5
     # Collectives inside the model (FSDP) want as many forward passes on every rank.
