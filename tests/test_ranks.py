@@ -52,6 +52,8 @@ RECOMPUTED = {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
 SHARDS = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 SMOOTH = {"optim": "adamw_torch", "adam_epsilon": 1e-3}
 RANKED = {"method": "ORPO", "train_sampling_strategy": "sequential", "max_steps": 2}
+# The reference follows the policy.
+FOLLOWED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
 # name: (engine, ranks, examples, settings), against one process.
 AGAINST_ONE = {
     "ddp-2": ("ddp", 2, 23, {"fused": True}),
@@ -65,6 +67,7 @@ AGAINST_ONE = {
     "fsdp2-4": ("fsdp2", 4, 23, {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
     "fsdp2-lean-2": ("fsdp2", 2, 17, {"environment": LEAN}),
     "fsdp2-recomputed-2": ("fsdp2", 2, 23, {"model": "llama-tied", "environment": RECOMPUTED}),
+    "fsdp2-followed-2": ("fsdp2", 2, 23, {"environment": WHOLE} | FOLLOWED),
     "fsdp2-hybrid-4": ("fsdp2", 4, 23, {"model": "llama-tied", "replicas": 2}),
     "zero1-2": ("zero1", 2, 23, {"gradient_accumulation_steps": 2}),
     "zero2-2": ("zero2", 2, 23, {"gradient_accumulation_steps": 2}),

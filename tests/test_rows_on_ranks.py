@@ -7,12 +7,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate import DistributedType
+from families import build
 from torch import distributed, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from trl.trainer import dpo_trainer
 
+import preftree
 from preftree.trainers.ranks import adds_in_place, to_be_continued, unchanged_since
+from preftree.trainers.sharded_reference import sharded_by_layers
 
 
 class Model(nn.Module):
@@ -76,7 +80,44 @@ def on_a_rank(rank, folder):
             again = micro_batch(model, synced)
             found[reshard, synced] = {"counts": counts, "again": again, "gradients": gradients, "shared": shared_out}
             found[reshard, synced]["unfinished"] = micro_batch(model, synced, last_of_step=False)
+    for changes in (False, True):
+        found["reference", changes] = reference(rank, changes)
     torch.save(found, folder / f"{rank}.pt")
+
+
+def reference(rank, changes):
+    """One that the first rank alone has loaded, shared out as TRL's constructor has it; its parts, weights, and logits."""
+    model = build("Llama", {})
+    preftree.prepare_model(model, "dense")
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    ids = torch.arange(5)[None] + 3
+    expected = model(ids).logits.detach()
+    if rank:
+        for each in model.parameters():
+            each.data.zero_()
+    plugin = SimpleNamespace(
+        fsdp_version=2,
+        cpu_ram_efficient_loading=True,
+        reshard_after_forward=False,
+        cpu_offload=OffloadPolicy(),
+        mixed_precision_policy=None,
+        ignored_modules=None,
+    )
+    accelerator = SimpleNamespace(device=torch.device("cpu"), state=SimpleNamespace(fsdp_plugin=plugin))
+    stock = dpo_trainer.prepare_fsdp
+    with sharded_by_layers(preftree.DPOTrainer, changes):
+        model = dpo_trainer.prepare_fsdp(model, accelerator)
+    with torch.no_grad():
+        logits = model(ids).logits
+    return {
+        "parts": sum(isinstance(part, FSDPModule) for part in model.modules()),
+        "layers": model.config.num_hidden_layers,
+        "whole": not any(isinstance(each, DTensor) for each in model.parameters()),
+        "logits": (logits, expected),
+        "before": before,
+        "after": {name: each.full_tensor() for name, each in model.state_dict().items()},
+        "restored": dpo_trainer.prepare_fsdp is stock,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +125,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(on_a_rank, (folder,), nprocs=2)
     assert torch.load(folder / "1.pt").keys() == torch.load(folder / "0.pt").keys()
-    return torch.load(folder / "0.pt")
+    return torch.load(folder / "1.pt")
 
 
 @pytest.mark.parametrize("synced", [False, True], ids=["added up", "exchanged"])
@@ -101,6 +142,18 @@ def test_what_stays_whole_is_gathered_once(found, reshard, synced):
         run_row(plain, number)
     for name, each in plain.named_parameters():
         torch.testing.assert_close(run["gradients"][name], each.grad)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_reference_is_shared_out_by_layers(found, changes):
+    """With the first rank's weights, and not left whole where they will change."""
+    run = found["reference", changes]
+    assert run["parts"] == run["layers"] + 1 > 3
+    assert run["whole"] == (not changes)
+    torch.testing.assert_close(*run["logits"])
+    assert run["before"].keys() == run["after"].keys()
+    assert all(torch.equal(run["before"][name], run["after"][name]) for name in run["before"])
+    assert run["restored"]
 
 
 class Sharded(FSDPModule, nn.Linear):

@@ -25,6 +25,7 @@ from preftree.trainers import reference
 from preftree.trainers.base import TreeTrainer
 from preftree.trainers.checks import ROW
 from preftree.trainers.groups import RANKED_REFERENCE
+from preftree.trainers.sharded_reference import sharded_by_layers
 from preftree.trainers.step import MicroBatch, weighted_logps
 from preftree.version import __version__
 
@@ -66,6 +67,10 @@ class ReferencedTrainer(TreeTrainer):
                 f"{type(self).__name__} compares with a reference, and there is none: the model was not loaded from a name "
                 "or folder from which to load it again. Pass ref_model, or set precompute_ref_log_probs=True"
             )
+
+    def _construct(self, given: dict[str, Any]) -> None:
+        with sharded_by_layers(type(self), given["args"].sync_ref_model):
+            super()._construct(given)
 
     def _prepare_for_trees(self) -> None:
         model: Any = getattr(self, "ref_model", None)
