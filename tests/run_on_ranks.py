@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl_runs import end_of, train
 from vision_families import build, pair, pairs
 
+from preftree import logprobs
 from preftree.models import compiled, products
 
 FSDP2 = {
@@ -114,6 +115,13 @@ class Counting:
 
 
 @contextlib.contextmanager
+def logits_in_chunks():
+    """While inside, the head is called for a few tokens at a time."""
+    with patch.object(logprobs, "LOGITS_PER_CHUNK", 400), patch.object(logprobs, "_SHARE_OF_A_GPU", 1e-8):
+        yield
+
+
+@contextlib.contextmanager
 def fused_products():
     """While inside, compiled layers fuse their products on CPUs, too, by formulas."""
     torch._dynamo.reset()
@@ -146,7 +154,8 @@ if __name__ == "__main__":
     for name, settings in runs.items():
         print(f"{kind} {engine}: {name}", flush=True)
         environment = patch.dict(os.environ, settings.pop("environment", {}))
-        with environment, patch.object(products, "so_far", Counting(products.so_far)) as so_far:
+        chunks = logits_in_chunks() if settings.pop("chunks", False) else contextlib.nullcontext()
+        with environment, chunks, patch.object(products, "so_far", Counting(products.so_far)) as so_far:
             trainer = run(kind, settings)
         assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
         rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0], device=trainer.args.device)

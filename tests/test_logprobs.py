@@ -6,7 +6,9 @@ from families import VOCABULARY, exact_model
 from oracle import random_sequences, stock_logps
 
 import preftree
+from preftree import logprobs
 from preftree.logprobs import sum_by_sequence
+from preftree.models.replaced import hooked
 from preftree.packing import empty_row
 
 
@@ -134,6 +136,32 @@ def test_row_without_sequences_gives_zero_gradients(llama):
     assert out.logps.shape == (0,)
     out.logps.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in llama.parameters())
+
+
+@pytest.mark.parametrize("own", [0, 5, 9])
+def test_the_head_is_called_as_often_as_on_the_rank_that_scores_most(llama, monkeypatch, own):
+    """Each call is one that ranks make together, where weights are shared out: also with nothing left to score."""
+    tokens = list(range(3, 4 + own))
+    row = rows_of([([tokens], [1])]) if own else empty_row(8)
+    plain = preftree.sequence_logps(llama, row, statistics=True)
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 4 * VOCABULARY)
+    calls, gradients = [], []
+    for most in (0, 9, 13):
+        row.most_predicted = most
+        llama.zero_grad()
+        with hooked([llama.get_output_embeddings().register_forward_hook(lambda *_: calls.append(None))]):
+            out = preftree.sequence_logps(llama, row, statistics=True)
+            forward = len(calls)
+            out.logps.sum().backward()
+        # Four tokens in the first call, and two in each further one, which the backward pass makes again.
+        further = max(-(-(max(own, most) - 4) // 2), 0)
+        assert (forward, len(calls)) == (1 + further, 1 + 2 * further)
+        calls.clear()
+        gradients.append([each.grad.clone() for each in llama.parameters()])
+        for name, value in plain.items():
+            torch.testing.assert_close(out[name], value)
+    for others in gradients[1:]:
+        torch.testing.assert_close(others, gradients[0])
 
 
 def test_token_outside_the_vocabulary_is_named(llama):

@@ -62,16 +62,16 @@ AGAINST_ONE = {
     "tpo-2": ("ddp", 2, 23, {"method": "TPO", "tpo_alpha": 0.0}),
     # One example is left for the last step's four ranks.
     "ddp-4": ("ddp", 4, 17, {"gradient_accumulation_steps": 2}),
-    "fsdp2-2": ("fsdp2", 2, 17, {"loss_type": ["ipo"], "accelerator_config": SYNCED}),
+    "fsdp2-2": ("fsdp2", 2, 17, {"loss_type": ["ipo"], "accelerator_config": SYNCED, "chunks": True}),
     "fsdp2-whole-2": ("fsdp2", 2, 23, {"gradient_accumulation_steps": 2, "fused": True, "environment": WHOLE}),
     "fsdp2-4": ("fsdp2", 4, 23, {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
     "fsdp2-lean-2": ("fsdp2", 2, 17, {"environment": LEAN}),
-    "fsdp2-recomputed-2": ("fsdp2", 2, 23, {"model": "llama-tied", "environment": RECOMPUTED}),
+    "fsdp2-recomputed-2": ("fsdp2", 2, 23, {"model": "llama-tied", "environment": RECOMPUTED, "chunks": True}),
     "fsdp2-followed-2": ("fsdp2", 2, 23, {"environment": WHOLE} | FOLLOWED),
     "fsdp2-hybrid-4": ("fsdp2", 4, 23, {"model": "llama-tied", "replicas": 2}),
     "zero1-2": ("zero1", 2, 23, {"gradient_accumulation_steps": 2}),
     "zero2-2": ("zero2", 2, 23, {"gradient_accumulation_steps": 2}),
-    "zero3-2": ("zero3", 2, 23, {"precompute_ref_log_probs": True}),
+    "zero3-2": ("zero3", 2, 23, {"precompute_ref_log_probs": True, "chunks": True}),
     # (Its norms of queries and keys see a rank's own heads.)
     "tp-2": ("tp", 2, 23, {"model": "qwen3", "gradient_accumulation_steps": 2}),
     "tp-2-checkpointing": ("tp", 2, 23, {"model": "qwen3", "gradient_checkpointing": True}),
@@ -190,7 +190,7 @@ def test_metrics_of_ranks_that_have_different_numbers_of_pairs(end, model_path):
 def test_the_number_of_ranks_changes_nothing(end, model_path, folder, name):
     """Not even where the last step has too few examples: none is repeated, and each counts the same."""
     engine, ranks, examples, settings = AGAINST_ONE[name]
-    of_ranks = {key: settings[key] for key in ("fused", "environment", "replicas") if key in settings}
+    of_ranks = {key: settings[key] for key in ("fused", "environment", "replicas", "chunks") if key in settings}
     settings = {key: value for key, value in settings.items() if key not in of_ranks}
     settings = against_one(model_path, folder, 1, examples, **settings)
     del settings["examples"]

@@ -87,7 +87,7 @@ def _score_row(prepared: PreparedModel, row: PackedRow, statistics: bool, expert
     options: dict[str, Any] = {"output_router_logits": True} if experts else {}
     output = prepared.run(row, wanted=row.read_nodes, **options)
     hidden_PH = output.last_hidden_state.squeeze(0)
-    scores = _score_nodes(prepared, hidden_PH[row.read_index], row.input_ids[nodes], statistics)
+    scores = _score_nodes(prepared, hidden_PH[row.read_index], row.input_ids[nodes], statistics, row.most_predicted)
     if not nodes.numel():
         # Keeps every parameter in the graph, so that a rank without sequences takes part in collectives.
         scores["token_logps"] = scores["token_logps"] + hidden_PH.sum() * 0
@@ -136,19 +136,21 @@ def sum_by_sequence(values: torch.Tensor, lengths: torch.Tensor, longest: int | 
 
 
 def _score_nodes(
-    prepared: PreparedModel, hidden_NH: torch.Tensor, targets_N: torch.Tensor, statistics: bool
+    prepared: PreparedModel, hidden_NH: torch.Tensor, targets_N: torch.Tensor, statistics: bool, most: int
 ) -> dict[str, torch.Tensor]:
+    """Of the targets; the head is called as often as for ``most`` of them, if these are more."""
     size = _chunk_size(hidden_NH, prepared.vocabulary_size)
 
     def score(hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         return token_scores(prepared.logits(hidden), targets, statistics)
 
-    if len(targets_N) <= size:
+    most = max(most, len(targets_N))
+    if most <= size:
         return score(hidden_NH, targets_N)
     # Logits of a first chunk are kept for the backward pass. The others' are computed there again, in halves: these and
     # their gradient take as much as the kept ones' gradient will.
     half = -(-size // 2)
-    rest = zip(hidden_NH[size:].split(half), targets_N[size:].split(half), strict=True)
+    rest = [(hidden_NH[first : first + half], targets_N[first : first + half]) for first in range(size, most, half)]
     again = partial(checkpoint, score, use_reentrant=False) if torch.is_grad_enabled() else score
     chunks = [score(hidden_NH[:size], targets_N[:size]), *(again(*part) for part in rest)]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

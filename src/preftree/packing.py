@@ -52,6 +52,8 @@ class PackedRow:
         runs: the row's unbranched runs in order, ``(start, stop, index of the run before it or -1)``; a tuple on the
             host, for backends that work run by run.
         images: of the row's sequences, or None.
+        most_predicted: of `predicted_nodes` in the rows that ranks run at a time, the most (0: not known): where weights are
+            shared out, all call the head as often.
         derived: what backends have made from the row (block lists, plans), kept for its next forward pass.
     """
 
@@ -76,6 +78,7 @@ class PackedRow:
     num_tokens: int
     runs: tuple[tuple[int, int, int], ...]
     images: Images | None = None
+    most_predicted: int = 0
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ SETTINGS = {
     "compiled": {},
     "checkpointing": {"gradient_checkpointing": True},
     "cached": {"precompute_ref_log_probs": True},
+    "chunks": {"chunks": True},
     "bf16": {"bf16": True, "attention_backend": "flash"},
     # (What fuses products wants weights of two bytes.)
     "bf16-weights": {"model_init_kwargs": {"dtype": "bfloat16"}, "attention_backend": "flash"},

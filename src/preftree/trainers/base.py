@@ -391,6 +391,10 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
             )
         plain = empty_row(len(batch.rows[0]), self._pad_token_id).to(self.args.device)
         batch.align(plain, without_images, with_images)
+        if self.accelerator.distributed_type in _SHARDING:
+            predicted = self.exchange.gather([row.predicted_nodes.numel() for row in batch.rows]).amax(0)
+            for row, most in zip(batch.rows, predicted.long().tolist(), strict=True):
+                row.most_predicted = most
         return batch
 
     def _row_loss(self, model, batch: MicroBatch, number: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -95,7 +95,11 @@ class MicroBatch:
         seen = self.rows_with_images
         more = without_images - (len(rows) - seen)
         last = plain if not seen else rows[-1][0].without_sequences()
-        rows = [(plain, none)] * more + rows + [(last, none)] * (with_images - seen)
+        rows = (
+            [(replace(plain, derived={}), none) for _ in range(more)]
+            + rows
+            + [(replace(last, derived={}), none) for _ in range(with_images - seen)]
+        )
         self.rows, self.members = [row for row, _ in rows], [members for _, members in rows]
 
     @property
