@@ -10,12 +10,14 @@ from trl_runs import differences
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 EXAMPLES = 23
+EVERY_SECOND = {"eval_steps": 2, "save_steps": 2}
 SETTINGS = {
     "exact": {"compile_layers": False},
     "compiled": {},
     "checkpointing": {"gradient_checkpointing": True},
     "cached": {"precompute_ref_log_probs": True},
-    "chunks": {"chunks": True},
+    # (Saving shares out again what evaluation has left whole.)
+    "chunks": {"chunks": True, "evaluated": 16, "eval_strategy": "steps", "save_strategy": "steps"} | EVERY_SECOND,
     "bf16": {"bf16": True, "attention_backend": "flash"},
     # (What fuses products wants weights of two bytes.)
     "bf16-weights": {"model_init_kwargs": {"dtype": "bfloat16"}, "attention_backend": "flash"},
@@ -39,6 +41,7 @@ def runs(path, ranks, engine):
     """Settings of an engine's runs, by name."""
     common = {"model": path, "examples": EXAMPLES, "use_cpu": False, "tf32": False, "learning_rate": 1e-3, "beta": 0.1}
     common |= {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 8 // ranks}
+    common["per_device_eval_batch_size"] = 8 // ranks
     found = {}
     for name, settings in SETTINGS.items():
         if name in OF_SHARDS and engine == "ddp":

@@ -139,9 +139,11 @@ def unchanged_since(event: torch.Event | None, *models: torch.nn.Module | None) 
     sharded: list[Any] = [] if event is None else [model for model in models if isinstance(model, FSDPModule)]
     for model in sharded:
         model.set_post_optim_event(event)
-    yield
-    for model in sharded:  # one that did not run has not taken it
-        model.set_post_optim_event(None)
+    try:
+        yield
+    finally:
+        for model in sharded:  # one that did not run has not taken it
+            model.set_post_optim_event(None)
 
 
 def adds_in_place(accelerator: Any, model: torch.nn.Module, last: bool) -> bool:
