@@ -17,6 +17,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pathlib import Path
 import conftest
 import torch
 from preference_data import dataset, text_pairs
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import preftree
@@ -148,6 +150,8 @@ def _run(model: str, folder: Path, when: Moment | None) -> bool:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 warnings.simplefilter("ignore")
+                # Progress bars have one lock for all processes, which a process may hold that is killed.
+                tqdm.set_lock(threading.RLock())
                 train(model, folder)
             status = 0
         except BaseException:
