@@ -330,11 +330,12 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for files that crash or hang")
     options = parser.parse_args()
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    for what, count, counts in (
-        ("inputs", options.inputs, run(options.inputs, options.seed, options.keep)),
-        ("recipes", options.recipes, run_recipes(options.recipes, options.seed)),
+    for what, count, run_all in (
+        ("inputs", options.inputs, lambda: run(options.inputs, options.seed, options.keep)),
+        ("recipes", options.recipes, lambda: run_recipes(options.recipes, options.seed)),
     ):
         if count:
+            counts = run_all()
             print(f"{count} {what}: " + ", ".join(f"{number} {name}" for name, number in counts.most_common()))
 
 
