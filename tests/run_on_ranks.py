@@ -81,6 +81,16 @@ def launch(kind, engine, ranks, runs, out):
     return torch.load(out)
 
 
+def launch_once(ends, key, *arguments):
+    """What `launch` gives, which ``ends`` keeps by key; a launch that failed fails again without being tried."""
+    if key not in ends:
+        ends[key] = None
+        ends[key] = launch(*arguments)
+    if ends[key] is None:
+        raise RuntimeError(f"the launch of {key} failed, see the first test that wanted it")
+    return ends[key]
+
+
 def run(kind, settings):
     """A trainer at its end."""
     if family := settings.pop("images", None):

@@ -183,7 +183,7 @@ def test_interrupted_run_resumes_to_the_same_weights(recipe, tmp_path, monkeypat
     settings = ["--max_steps", "5", "--optim", "adamw_torch", "--eval_strategy", "no"]
     assert cli.main(["dpo", "--config", str(recipe), *settings, "--output_dir", str(tmp_path / "whole")]) == 0
 
-    class Interrupted(cli._Interrupt):
+    class Interrupted(cli.Interrupt):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 self._handle()  # what Ctrl-C calls
@@ -191,7 +191,7 @@ def test_interrupted_run_resumes_to_the_same_weights(recipe, tmp_path, monkeypat
 
     settings += ["--output_dir", str(tmp_path / "parts")]
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_Interrupt", Interrupted)
+        patch.setattr(cli, "Interrupt", Interrupted)
         assert cli.main(["dpo", "--config", str(recipe), *settings]) == 130
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     assert cli.main(["dpo", "--config", str(recipe), *settings, "--resume_from_checkpoint", "true"]) == 0

@@ -102,7 +102,7 @@ def test_what_accelerate_makes_of_a_file(name, expected, tmp_path):
 
 def test_ranks_stop_after_the_same_step():
     """A signal reaches them in different ones: that one has been asked, all hear at its step's end."""
-    interrupt, control, others = cli._Interrupt(), TrainerControl(), [False]
+    interrupt, control, others = cli.Interrupt(), TrainerControl(), [False]
     interrupt.exchange = SimpleNamespace(gather=lambda own: torch.tensor([own, others]))
     interrupt.on_step_end(None, None, control)
     assert not control.should_save

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from trl_runs import differences, train
 
 import preftree
-from preftree.trainers.checks import check_weights
+from preftree.trainers.given_model import check_weights
 
 DEVICES = [
     "cpu",

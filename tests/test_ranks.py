@@ -7,13 +7,12 @@ import shutil
 from collections import defaultdict
 from types import SimpleNamespace
 
-import preference_data
 import pytest
 import torch
 from conftest import word_tokenizer
 from families import saved_model
 from preference_data import dataset, ranked_texts, text_pairs
-from run_on_ranks import launch
+from run_on_ranks import launch_once, run
 from torch import distributed
 from trl_runs import differences, end_of, train
 
@@ -51,6 +50,8 @@ RECOMPUTED = {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
 # Each rank saves what it has; an optimizer with a state, whose steps do not jump from a gradient's rounding.
 SHARDS = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 SMOOTH = {"optim": "adamw_torch", "adam_epsilon": 1e-3}
+# The head is called in parts, in evaluation, too, and saving shares out again what that has left whole.
+IN_CHUNKS = {"chunks": True, "save_strategy": "steps", "save_steps": 2} | EVALUATED | {"evaluated": 16}
 RANKED = {"method": "ORPO", "train_sampling_strategy": "sequential", "max_steps": 2}
 # The reference follows the policy.
 FOLLOWED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
@@ -62,7 +63,7 @@ AGAINST_ONE = {
     "tpo-2": ("ddp", 2, 23, {"method": "TPO", "tpo_alpha": 0.0}),
     # One example is left for the last step's four ranks.
     "ddp-4": ("ddp", 4, 17, {"gradient_accumulation_steps": 2}),
-    "fsdp2-2": ("fsdp2", 2, 17, {"loss_type": ["ipo"], "accelerator_config": SYNCED, "chunks": True}),
+    "fsdp2-2": ("fsdp2", 2, 17, {"loss_type": ["ipo"], "accelerator_config": SYNCED} | IN_CHUNKS),
     "fsdp2-whole-2": ("fsdp2", 2, 23, {"gradient_accumulation_steps": 2, "fused": True, "environment": WHOLE}),
     "fsdp2-4": ("fsdp2", 4, 23, {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
     "fsdp2-lean-2": ("fsdp2", 2, 17, {"environment": LEAN}),
@@ -90,7 +91,8 @@ def against_one(path, folder, ranks, examples, **settings):
             saved_model(family, path, word_tokenizer())
     # (Rows between the first and the last add to gradients that DDP leaves alone.)
     own = {"row_length": 64, "compile_layers": True} if settings.get("fused") else {"row_length": 96}
-    settings |= {"model": str(path), "per_device_train_batch_size": 8 // ranks, "own": own}
+    settings |= {"model": str(path), "own": own}
+    settings |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 8 // ranks)
     settings = of_epochs(examples=examples, **settings)
     if settings.get("method") == "Reward":
         del settings["beta"]
@@ -144,9 +146,8 @@ def end(model_path, folder, tmp_path_factory):
         key = (kind, engine, ranks)
         if key == ("preftree", "fsdp2", 4):  # goes on from what two ranks have saved
             of(kind, engine, 2, "saved")
-        if key not in ends:
-            ends[key] = launch(kind, engine, ranks, every[key], tmp_path_factory.mktemp("ranks") / "ends.pt")
-        return ends[key][name]
+        out = tmp_path_factory.mktemp("ranks") / "ends.pt"
+        return launch_once(ends, key, kind, engine, ranks, every[key], out)[name]
 
     return of
 
@@ -192,10 +193,7 @@ def test_the_number_of_ranks_changes_nothing(end, model_path, folder, name):
     engine, ranks, examples, settings = AGAINST_ONE[name]
     of_ranks = {key: settings[key] for key in ("fused", "environment", "replicas", "chunks") if key in settings}
     settings = {key: value for key, value in settings.items() if key not in of_ranks}
-    settings = against_one(model_path, folder, 1, examples, **settings)
-    del settings["examples"]
-    data = dataset(preference_data.examples(settings.get("method", "DPO"), text_pairs(examples)))
-    one = end_of(train("preftree", settings.pop("model"), data, **settings))
+    one = end_of(run("preftree", against_one(model_path, folder, 1, examples, **settings)))
     several = end("preftree", engine, ranks, name)
     assert (several["added"] > 0) == of_ranks.get("fused", False)
     assert several["recomputed"] == (of_ranks.get("environment") == RECOMPUTED)
@@ -215,6 +213,11 @@ def exchange(rank, folder):
     hosts = HostExchange(accelerator, timeout=60)
     found = [hosts.gather([rank + 1, 2.5]), hosts.gather([2**53 - rank])]
     torch.save(found, folder / f"{rank}.pt")
+    groups = hosts._groups
+    assert len(groups) == 1
+    del hosts  # (as at the process's end, which a group's threads may spoil)
+    assert not groups
+    distributed.destroy_process_group()
 
 
 def test_hosts_of_gpus_exchange_numbers(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import pickle
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 import trl
 from datasets import IterableDataset, load_dataset
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from preftree import data, families, plan, recipe, report
+from preftree.callbacks import Interrupt, Progress
 from preftree.packing import pack
 from preftree.plot import draw_lengths, lengths_as_text
 from preftree.trainers.checks import IMAGE_COLUMNS, columns_of
@@ -29,7 +29,6 @@ from preftree.trainers.cpo import CPOTrainer
 from preftree.trainers.dpo import DPOTrainer
 from preftree.trainers.kto import KTOTrainer
 from preftree.trainers.orpo import ORPOTrainer
-from preftree.trainers.ranks import HostExchange
 from preftree.trainers.reward import RewardTrainer
 from preftree.trainers.tpo import TPOTrainer
 from preftree.tree import TokenTree
@@ -157,60 +156,6 @@ def _config(args: Any, model_args: Any) -> Any:
     )
 
 
-class _Progress(ProgressCallback):
-    """Transformers' progress bar, with loss and margin beside it and one short line a log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
-            return
-        prefix = "eval_" if "eval_loss" in logs else ""
-        if f"{prefix}loss" not in logs:
-            return
-        names = (
-            ("loss", "loss"),
-            ("margin", "rewards/margins"),
-            ("accuracy", "rewards/accuracies"),
-            ("margin", "margin"),  # of rewards, by the reward trainer's names
-            ("accuracy", "accuracy"),
-        )
-        text = "  ".join(f"{name} {float(logs[prefix + key]):.4f}" for name, key in names if prefix + key in logs)
-        line = f"step {state.global_step:>5}  {'held out  ' if prefix else ''}{text}"
-        if self.training_bar is not None:
-            self.training_bar.write(line)
-        else:
-            print(line)
-
-
-class _Interrupt(TrainerCallback):
-    """Ctrl-C ends the step that is running, saves a checkpoint and stops, all ranks after the same step; a second one stops at
-    once.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.exchange: HostExchange | None = None
-
-    def _handle(self, *_: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\ninterrupted: saving a checkpoint after this step (again to stop at once)", file=sys.stderr)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self._handle)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.exchange is not None:
-            self.asked = bool(self.exchange.gather([self.asked]).any())
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-            control.should_evaluate = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def run(command: str, argv: Sequence[str]) -> Any:
     """Train as the arguments say, save model, tokenizer and report; the trainer, or None if it was interrupted.
 
@@ -241,7 +186,7 @@ def run(command: str, argv: Sequence[str]) -> Any:
     if any(name in IMAGE_COLUMNS for name in columns_of(train)):
         processing_class = _processing_class(AutoProcessor, script, args, model_args)
     resume = _checkpoint(args)
-    interrupt = _Interrupt()
+    interrupt = Interrupt()
     quantization = trl.get_quantization_config(model_args)
     try:
         trainer = method.trainer(
@@ -262,7 +207,7 @@ def run(command: str, argv: Sequence[str]) -> Any:
     interrupt.exchange = trainer.exchange
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_Progress())
+        trainer.add_callback(Progress())
     if script.ignore_bias_buffers:  # DDP then leaves boolean buffers alone
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [

@@ -153,6 +153,7 @@ def _score_nodes(
     rest = [(hidden_NH[first : first + half], targets_N[first : first + half]) for first in range(size, most, half)]
     again = partial(checkpoint, score, use_reentrant=False) if torch.is_grad_enabled() else score
     chunks = [score(hidden_NH[:size], targets_N[:size]), *(again(*part) for part in rest)]
+    prepared.end_logits()
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 

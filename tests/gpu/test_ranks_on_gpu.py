@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import word_tokenizer
 from families import saved_model
-from run_on_ranks import launch
+from run_on_ranks import launch_once
 from trl_runs import differences
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -25,6 +25,12 @@ SETTINGS = {
     "offloaded": {"environment": {"FSDP_OFFLOAD_PARAMS": "true"}},
 }
 OF_SHARDS = ("whole", "offloaded")
+# Which ones the same processes make. (Those that offload have to know from their start.)
+LAUNCHES = (
+    ("exact", "compiled", "checkpointing", "cached"),
+    ("chunks", "bf16", "bf16-weights", "whole"),
+    ("offloaded",),
+)
 OWN = ("attention_backend", "compile_layers")
 # Of logged metrics (relative above 1), and of weights relative to their largest entry.
 CLOSE = {"bf16": (0.05, 0.01), "bf16-weights": (0.05, 0.02)}
@@ -37,15 +43,14 @@ def path(tmp_path_factory):
     return saved_model("qwen3", folder, word_tokenizer(), hidden_size=256, head_dim=64)
 
 
-def runs(path, ranks, engine):
-    """Settings of an engine's runs, by name."""
+def runs(path, ranks, names):
+    """Settings of runs, by name."""
     common = {"model": path, "examples": EXAMPLES, "use_cpu": False, "tf32": False, "learning_rate": 1e-3, "beta": 0.1}
     common |= {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 8 // ranks}
     common["per_device_eval_batch_size"] = 8 // ranks
     found = {}
-    for name, settings in SETTINGS.items():
-        if name in OF_SHARDS and engine == "ddp":
-            continue
+    for name in names:
+        settings = SETTINGS[name]
         own = {key: value for key, value in settings.items() if key in OWN}
         rest = {key: value for key, value in settings.items() if key not in OWN}
         found[name] = common | rest | {"own": {"row_length": 64} | own}
@@ -57,11 +62,12 @@ def ends(path, tmp_path_factory):
     made = {}
 
     def of(engine, name):
-        if engine not in made:
-            ranks = min(torch.cuda.device_count(), 2) if engine != "none" else 1
-            out = tmp_path_factory.mktemp("ranks") / "ends.pt"
-            made[engine] = launch("preftree", engine, ranks, runs(path, ranks, engine), out)
-        return made[engine][name]
+        ranks = min(torch.cuda.device_count(), 2) if engine != "none" else 1
+        names = next(names for names in LAUNCHES if name in names)
+        if engine == "ddp":
+            names = tuple(each for each in names if each not in OF_SHARDS)
+        out = tmp_path_factory.mktemp("ranks") / "ends.pt"
+        return launch_once(made, (engine, names), "preftree", engine, ranks, runs(path, ranks, names), out)[name]
 
     return of
 

@@ -346,4 +346,10 @@ def ready_to_run(model: torch.nn.Module, row: PackedRow) -> tuple[PreparedModel,
         highest = int(row.input_ids.max()) if len(row) else 0
         if highest >= prepared.vocabulary_size:
             raise ValueError(f"token id {highest} is outside the model's vocabulary of {prepared.vocabulary_size}")
-    return prepared, row.to(next(model.parameters()).device)
+    return prepared, row.to(_runs_on(next(model.parameters())))
+
+
+def _runs_on(weight: torch.nn.Parameter) -> torch.device:
+    """Where products with a weight are computed: FSDP2 may keep its share on the CPU meanwhile."""
+    mesh = getattr(weight, "device_mesh", None)
+    return weight.device if mesh is None else torch.device(mesh.device_type)

@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
+from packaging.version import Version
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -21,6 +22,8 @@ from preftree.models.tables import adding_where_they_lie
 from preftree.packing import PackedRow
 
 ATTRIBUTE = "_preftree"
+# See `PreparedModel.end_logits`.
+_FSDP_COUNTS_MODULES = Version(torch.__version__).release < (2, 13)
 
 
 class PreparedModel:
@@ -308,6 +311,17 @@ class PreparedModel:
         ):
             # (`squeeze`, not `[0]`: the gradient of an element is a tensor of zeros and a copy.)
             return self.stock_forward(input_ids=placeholder, use_cache=False, **extra).logits.squeeze(0)
+
+    def end_logits(self) -> None:
+        """Ends a pass that has called `logits` several times.
+
+        FSDP2 before torch 2.13 counts which modules of a group (the last norm and the head) have still to run, and begins anew
+        with each call of the head: it goes on to wait for the norm, and would not gather the group's weights in the next pass
+        if something, as saving does, shares them out in between. A backward pass puts the count right.
+        """
+        state = getattr(self.model.get_output_embeddings(), "_get_fsdp_state", None)
+        if state is not None and _FSDP_COUNTS_MODULES and not torch.is_grad_enabled():
+            state()._modules_to_run_forward.clear()
 
 
 def _rows(table: Any) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,13 +26,14 @@ from preftree.objectives import load_balancing
 from preftree.packing import FEW_LENGTHS, MANY_LENGTHS, PackedRow, empty_row
 from preftree.trainers.balance import costs_of, share_out
 from preftree.trainers.checkpoints import KeepsCheckpoints
-from preftree.trainers.checks import IMAGE_COLUMNS, ROW, TEMPLATE_COLUMNS, check_weights, config_of, vocabulary_of
+from preftree.trainers.checks import IMAGE_COLUMNS, ROW, TEMPLATE_COLUMNS
 from preftree.trainers.collator import TreeBatch, TreeCollator
 from preftree.trainers.config import upgrade
-from preftree.trainers.finite import FiniteLosses
 from preftree.trainers.garbage import ObjectsKept
+from preftree.trainers.given_model import check_weights, config_of, vocabulary_of
 from preftree.trainers.groups import PAIR_WEIGHTS, RANKED_COLUMNS, RANKED_REFERENCE
-from preftree.trainers.metrics import Metrics, Unread, mean_of_ranks, read
+from preftree.trainers.logged import LogsLate
+from preftree.trainers.metrics import Metrics, mean_of_ranks
 from preftree.trainers.preparation import DataPreparation
 from preftree.trainers.ranks import HostExchange, adds_in_place, gradients_apart, now, to_be_continued, unchanged_since
 from preftree.trainers.row_length import FitRows
@@ -43,7 +44,7 @@ from preftree.trainers.vision import ImageReader
 _SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-class TreeTrainer(KeepsCheckpoints, DataPreparation):
+class TreeTrainer(LogsLate, KeepsCheckpoints, DataPreparation):
     """A trainer of TRL's (the class that stands behind this one among the bases) on packed rows of token trees.
 
     A micro-batch's examples are merged into trees and packed into rows (`TreeArguments.row_length`), which run one after
@@ -81,8 +82,6 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         self._rotary_limit = rotary_limit(config_of(given["model"], given["args"]))
         self._user_collator = given.get("data_collator") is not None
         self._batch: MicroBatch | None = None
-        self._unread: list[tuple[str, Unread]] = []
-        self._finite_losses = FiniteLosses(False)
         self._objects_kept = ObjectsKept(False)
         # What training has computed so far on this rank: examples, rows, row_tokens (padding included), tokens, and
         # unshared_tokens (what the same sequences hold one by one).
@@ -304,25 +303,9 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         return self._finite_losses.replace(loss, self.state.global_step)
 
     def _inner_training_loop(self, *args, **kwargs):
-        self._finite_losses = FiniteLosses(self.args.logging_nan_inf_filter)
         self._objects_kept = ObjectsKept(self.args.device.type != "cpu")
-        with self._nan_inf_filter(False), self._objects_kept:
+        with self._objects_kept:
             return super()._inner_training_loop(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _nan_inf_filter(self, on: bool) -> Iterator[None]:
-        """While inside, transformers filters losses or not: it would wait for the device after each micro-batch."""
-        given, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, on
-        try:
-            yield
-        finally:
-            self.args.logging_nan_inf_filter = given
-
-    def evaluation_loop(self, *args, **kwargs):
-        with self._nan_inf_filter(self.args.logging_nan_inf_filter or self._finite_losses.on):
-            output = super().evaluation_loop(*args, **kwargs)
-        self._read_metrics()
-        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "row" in inputs and self._batch is not None:
@@ -461,39 +444,6 @@ class TreeTrainer(KeepsCheckpoints, DataPreparation):
         if mode == "train":
             self._total_train_tokens += batch.tokens_of_ranks // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-
-    def _keep_metrics(self, values: Metrics, mode: str) -> None:
-        """Keep a micro-batch's metrics for `log`; until then the device is not asked for them."""
-        self._unread.append((mode, Unread.of(values)))
-
-    def _store_metrics(self, values: dict[str, float], mode: str) -> None:
-        """Hand numbers to what TRL's `log` takes means of."""
-        for name, value in values.items():
-            self._metrics[mode][name].append(value)
-
-    def _numbers(self, batch: MicroBatch) -> dict[str, float]:
-        """A micro-batch's metrics at once."""
-        return read([Unread.of(self._metrics_of(batch))], self.accelerator.gather)[0]
-
-    def _read_metrics(self) -> None:
-        """Hand what has been kept to TRL's `log`. All ranks do."""
-        unread, self._unread = self._unread, []
-        numbers = read([metrics for _, metrics in unread], self.accelerator.gather)
-        for (mode, _), values in zip(unread, numbers, strict=True):
-            self._store_metrics(values, mode)
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        control, ends = self.control, self.state.global_step >= self.state.max_steps
-        if control.should_log or control.should_evaluate or control.should_training_stop or ends:
-            self._read_metrics()
-        return super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def log(self, logs, *args, **kwargs):
-        if self.args.world_size == 1:  # (several ranks have read them: not all of them may log)
-            self._read_metrics()
-        if "loss" in logs:
-            self._finite_losses.begin(self.state.global_step)
-        return super().log(logs, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
         """`include_num_input_tokens_seen`: the tokens of TRL's padded batch, or ("non_padding") of its sequences."""

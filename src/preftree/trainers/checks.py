@@ -5,17 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-from datasets import Dataset, Image, IterableDataset
-from pyarrow import ArrowException
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import AutoConfig, PreTrainedConfig
+from datasets import Dataset, IterableDataset
 
 from preftree.models.rotary import RotaryLimit
 from preftree.trainers.groups import PAIR_WEIGHTS, SEQUENCES, Layout, laid_out
@@ -81,74 +75,6 @@ def check_columns(
     if image_columns and "prompt" not in columns:
         raise ValueError(f"{source}: there is no column 'prompt', which data with images need")
     return tuple(fields)
-
-
-def with_images(dataset: Dataset | IterableDataset, source: str, check: Callable[..., Any]) -> Any:
-    """A data set with a column of images, which it gives decoded, checked; its rows numbered in a column.
-
-    Args:
-        check: called with each example, without its images, and with where it stands. A stream is checked as it comes.
-
-    Raises:
-        ValueError: naming row and column, for missing images, or as many of them as the prompt has no place for.
-    """
-    column = next(name for name in IMAGE_COLUMNS if name in columns_of(dataset))
-
-    def checked(example: dict[str, Any], index: int) -> None:
-        where = f"{source}, row {index}"
-        check({name: value for name, value in example.items() if name != column}, where)
-        _check_images(example, column, where)
-
-    kinds = [Image(decode=decode) for decode in (True, False)]
-    wanted, undecoded = kinds if column == "image" else map(datasets.Sequence, kinds)
-    own = (dataset.features or {column: wanted})[column]
-    try:
-        dataset = dataset if own == wanted else dataset.cast_column(column, wanted)
-    except (TypeError, ValueError, ArrowException) as error:
-        raise ValueError(
-            f"{source}, column {column!r}: its values ({own}) are no images, nor paths of image files, nor {{'bytes', 'path'}}"
-        ) from error
-    if isinstance(dataset, IterableDataset):
-
-        def marked(example: dict[str, Any], index: int) -> dict[str, Any]:
-            checked(example, index)
-            return {**example, ROW: index}
-
-        return dataset.map(marked, with_indices=True)
-    for index, example in enumerate(dataset.cast_column(column, undecoded)):
-        checked(example, index)
-    return dataset.add_column(ROW, list(range(len(dataset))))
-
-
-def _check_images(example: Mapping[str, Any], column: str, where: str) -> None:
-    images = example[column]
-    if images is None:
-        raise ValueError(f"{where}, column {column!r}: it is missing")
-    images = [images] if column == "image" else images
-    for number, image in enumerate(images):
-        which = f"{where}, column {column!r}" + (f", image {number}" if column == "images" else "")
-        if image is None:
-            raise ValueError(f"{which}: it is missing")
-        path = image.get("path") if isinstance(image, Mapping) and image.get("bytes") is None else None
-        if path is not None and "://" not in path and not Path(path).is_file():
-            raise ValueError(f"{which}: there is no file {path}")
-    if not isinstance(example["prompt"], list):
-        return  # plain text: what stands for images in it, the processor knows
-    places = {name: _image_places(example[name]) for name in ("prompt", *PAIR_FIELDS)}
-    for name in PAIR_FIELDS:
-        if places[name]:
-            raise ValueError(f"{where}, field {name!r}: it has a place for an image, but images belong into the prompt")
-    text = any(message["role"] == "user" and isinstance(message.get("content"), str) for message in example["prompt"])
-    if places["prompt"] != len(images) and not (places["prompt"] == 0 and text):
-        raise ValueError(
-            f"{where}, column {column!r}: {len(images)} images, but the prompt has {places['prompt']} places for them "
-            "({'type': 'image'})"
-        )
-
-
-def _image_places(messages: Any) -> int:
-    parts = [part for message in messages for part in message.get("content") or () if isinstance(part, Mapping)]
-    return sum(part.get("type") == "image" for part in parts)
 
 
 def check_example(
@@ -496,36 +422,3 @@ def check_tokenised(dataset: Dataset | IterableDataset, check: ExampleCheck) -> 
     if ROW in dataset.column_names:
         dataset = dataset.remove_columns(ROW)
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
-
-
-def check_weights(model: torch.nn.Module, name: str) -> None:
-    """Raise `ValueError` naming the first parameter that holds a value which is not finite."""
-    for parameter_name, parameter in model.named_parameters():
-        if not all(bool(torch.isfinite(x).all()) for x in _numbers(parameter.detach())):
-            raise ValueError(f"{name}: parameter {parameter_name!r} holds NaN or infinity: the weights are damaged")
-
-
-def _numbers(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The floating-point numbers that a tensor is made of: of a quantised one its scales."""
-    if is_traceable_wrapper_subclass(x):
-        for part in (getattr(x, name) for name in x.__tensor_flatten__()[0]):
-            if isinstance(part, torch.Tensor):  # (One of a DTensor's parts is its mesh.)
-                yield from _numbers(part)
-    elif x.is_floating_point() and not x.is_meta:
-        yield x
-
-
-def vocabulary_of(model: Any, args: Any) -> int:
-    """Token ids that the model has an embedding for (of a model still to be loaded: by its config)."""
-    if not isinstance(model, str):
-        return model.get_input_embeddings().num_embeddings
-    return config_of(model, args).get_text_config().vocab_size
-
-
-def config_of(model: Any, args: Any) -> PreTrainedConfig:
-    """A model's configuration, also of one still to be loaded."""
-    if not isinstance(model, str):
-        return model.config
-    loading: Any = args.model_init_kwargs or {}
-    named = {name: loading[name] for name in ("revision", "gguf_file", "subfolder", "token") if name in loading}
-    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **named)

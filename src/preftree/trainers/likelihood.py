@@ -99,7 +99,7 @@ class LikelihoodTrainer(TreeTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _outputs(self, model, inputs, batch: MicroBatch) -> Any:
-        return self._numbers(batch)
+        return self._numbers(self._metrics_of(batch))
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
@@ -138,7 +138,7 @@ class LikelihoodTrainer(TreeTrainer):
     def get_batch_loss_metrics(self, model, batch, train_eval="train"):
         """TRL's evaluation calls this: ``(loss, metrics)`` of a collated batch."""
         micro_batch, loss = self._whole_loss(model, batch)
-        return loss, _named(self._numbers(micro_batch), train_eval)
+        return loss, _named(self._numbers(self._metrics_of(micro_batch)), train_eval)
 
     def evaluation_loop(self, *args, **kwargs):
         # `generate_during_eval` collates a padded batch of its own; the loop's batches are collated already.

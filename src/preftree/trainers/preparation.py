@@ -24,9 +24,9 @@ from preftree.trainers.checks import (
     check_tokenised,
     columns_of,
     source_of,
-    with_images,
 )
 from preftree.trainers.groups import Layout
+from preftree.trainers.image_checks import with_images
 from preftree.trainers.ranked import flatten, regroup
 
 

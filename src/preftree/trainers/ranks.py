@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -28,7 +29,8 @@ class HostExchange:
 
     def __init__(self, accelerator: Any, timeout: float) -> None:
         self._accelerator, self._timeout = accelerator, timedelta(seconds=timeout)
-        self._group: Any = None
+        self._groups: list[Any] = []  # one, once ranks have met
+        weakref.finalize(self, _leave, self._groups)
         # Ranks without GPUs meet as hosts anyway.
         self._apart = accelerator.device.type == "cuda" and distributed.is_gloo_available()
 
@@ -38,9 +40,9 @@ class HostExchange:
         ranks = self._accelerator.num_processes
         if ranks == 1:
             return own[None]
-        if self._apart and self._group is None:
+        if self._apart and not self._groups:
             try:
-                self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
+                self._groups.append(distributed.new_group(backend="gloo", timeout=self._timeout))
             except RuntimeError as error:  # no network interface that it finds by itself
                 self._apart = False
                 logger.warning(
@@ -49,8 +51,15 @@ class HostExchange:
         if not self._apart:
             return self._accelerator.gather(own[None].to(self._accelerator.device)).cpu()
         found = [torch.empty_like(own) for _ in range(ranks)]
-        distributed.all_gather(found, own, group=self._group)
+        distributed.all_gather(found, own, group=self._groups[0])
         return torch.stack(found)
+
+
+def _leave(groups: list[Any]) -> None:
+    """End groups of processes. (One whose threads outlive the interpreter may abort the process at its end.)"""
+    while groups:
+        with contextlib.suppress(ValueError):  # ended by somebody else
+            distributed.destroy_process_group(groups.pop())
 
 
 @contextlib.contextmanager
