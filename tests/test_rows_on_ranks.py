@@ -83,6 +83,7 @@ def on_a_rank(rank, folder):
     for changes in (False, True):
         found["reference", changes] = reference(rank, changes)
     torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
 
 
 def reference(rank, changes):
@@ -120,6 +121,9 @@ def reference(rank, changes):
     }
 
 
+together = pytest.mark.xdist_group("rows on ranks")
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
@@ -128,6 +132,7 @@ def found(tmp_path_factory):
     return torch.load(folder / "1.pt")
 
 
+@together
 @pytest.mark.parametrize("synced", [False, True], ids=["added up", "exchanged"])
 @pytest.mark.parametrize("reshard", [True, False], ids=["shared out", "whole"])
 def test_what_stays_whole_is_gathered_once(found, reshard, synced):
@@ -144,6 +149,7 @@ def test_what_stays_whole_is_gathered_once(found, reshard, synced):
         torch.testing.assert_close(run["gradients"][name], each.grad)
 
 
+@together
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_reference_is_shared_out_by_layers(found, changes):
     """With the first rank's weights, and not left whole where they will change."""

@@ -250,8 +250,7 @@ def _train(command: str, argv: Sequence[str]) -> int:
     trainer = run(command, argv)
     if trainer is None:
         return 130
-    if hasattr(trainer, "end"):  # transformers 5.18 and later: closes trackers and the process group
-        trainer.end()
+    trainer.accelerator.end_training()  # closes trackers and the process group
     return 0
 
 
