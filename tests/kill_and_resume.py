@@ -22,6 +22,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import conftest
 import torch
@@ -151,7 +152,7 @@ def _run(model: str, folder: Path, when: Moment | None) -> bool:
                 os.dup2(output.fileno(), 2)
                 warnings.simplefilter("ignore")
                 # Progress bars have one lock for all processes, which a process may hold that is killed.
-                tqdm.set_lock(threading.RLock())
+                own_lock(tqdm, threading.RLock())
                 train(model, folder)
             status = 0
         except BaseException:
@@ -171,6 +172,13 @@ def _run(model: str, folder: Path, when: Moment | None) -> bool:
             os.kill(child, signal.SIGKILL)
             when = None
         time.sleep(0.002)
+
+
+def own_lock(bars: type[tqdm], lock: Any) -> None:
+    """Have progress bars of a class, and of those made from it, which may have one of their own, take another lock."""
+    bars.set_lock(lock)
+    for each in bars.__subclasses__():
+        own_lock(each, lock)
 
 
 def _lines(path: Path) -> int:
