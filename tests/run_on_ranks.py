@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from unittest.mock import patch
 
 import conftest  # noqa: F401 (sets up the environment)
@@ -69,16 +70,19 @@ def shard_on_cpus():
     AcceleratorState.__init__ = sharding
 
 
-def launch(kind, engine, ranks, runs, out):
+def launch(kind, engine, ranks, runs):
     """Make the runs, and what they left behind, by name; with engine "none" in one process that sees one GPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if engine == "none" else {})
     if engine.startswith("zero") and all(settings.get("use_cpu", True) for settings in runs.values()):
         environment["DS_ACCELERATOR"] = "cpu"
     start = [sys.executable] if engine == "none" else launcher
-    command = [*start, __file__, kind, engine, json.dumps(runs), str(out)]
-    subprocess.run(command, check=True, timeout=600, env=environment)
-    return torch.load(out)
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "ends.pt")
+        subprocess.run(
+            [*start, __file__, kind, engine, json.dumps(runs), out], check=True, timeout=600, env=environment
+        )
+        return torch.load(out)
 
 
 def launch_once(ends, key, *arguments):

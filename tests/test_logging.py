@@ -7,7 +7,6 @@ import torch
 from preference_data import dataset, text_pairs
 from trl_runs import classes, construct, differences
 
-from preftree.trainers import logged as logs
 from preftree.trainers import metrics
 
 
@@ -88,7 +87,7 @@ def test_metrics_are_read_when_they_are_logged(model_path, monkeypatch):
         steps.extend([ours.state.global_step] * bool(unread))
         return metrics.read(unread, gather)
 
-    monkeypatch.setattr(logs, "read", read)
+    monkeypatch.setattr("preftree.trainers.logged.read", read)
     settings = {"logging_steps": 3, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2}
     data = dataset(text_pairs(24))
     theirs, ours = (

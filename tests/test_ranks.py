@@ -134,7 +134,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def end(model_path, folder, tmp_path_factory):
+def end(model_path, folder):
     """Where a run ended: ``end(kind, engine, ranks, name)``."""
     every, ends = runs(model_path, folder), {}
 
@@ -146,8 +146,7 @@ def end(model_path, folder, tmp_path_factory):
         key = (kind, engine, ranks)
         if key == ("preftree", "fsdp2", 4):  # goes on from what two ranks have saved
             of(kind, engine, 2, "saved")
-        out = tmp_path_factory.mktemp("ranks") / "ends.pt"
-        return launch_once(ends, key, kind, engine, ranks, every[key], out)[name]
+        return launch_once(ends, key, kind, engine, ranks, every[key])[name]
 
     return of
 

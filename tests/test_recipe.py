@@ -91,7 +91,7 @@ def test_what_the_model_does_not_take(tmp_path, capsys, model_path):
 
 def test_recipes_by_the_hundred(capsys):
     """(`python tests/fuzz.py --recipes 500` tries more.)"""
-    counts = fuzz.run_recipes(25, seed=2)
+    counts = fuzz.run_recipes(25, seed=3)
     assert counts["crashed"] == counts["hung"] == counts["left something"] == 0
-    assert counts["names an option"] >= counts["refused"] - 2 > 10
+    assert counts["names an option"] >= counts["refused"] - 1 > 10
     assert counts["taken"] > 0

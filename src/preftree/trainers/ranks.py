@@ -175,17 +175,15 @@ def gradients_apart(model: torch.nn.Module, tp_size: int) -> Iterator[None]:
     if tp_size == 1:
         yield
         return
-    found = {
-        id(parameter): parameter
+    before: dict[torch.nn.Parameter, Any] = {
+        parameter: parameter.grad
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
         # (The hook is the parameter's, with transformers 5.17 its module's.)
         if parameter.grad is not None and (parameter._post_accumulate_grad_hooks or module._backward_hooks)
     }
-    hooked = list(found.values())
-    before: list[Any] = [parameter.grad for parameter in hooked]
-    for parameter in hooked:
+    for parameter in before:
         parameter.grad = None
     yield
-    for parameter, gradient in zip(hooked, before, strict=True):
+    for parameter, gradient in before.items():
         parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
