@@ -47,8 +47,8 @@ from preftree import DPOConfig, cli, data
 SECONDS = 20
 REFUSALS = (ValueError, NotImplementedError, OSError, ImportError)
 # Those that can tokenise without a model; of the others' data, the reading is tried.
-TOKENISES = ("dpo", "reward")
-METHODS = (*TOKENISES, "orpo", "tpo", "kto")
+TOKENISES = ("dpo", "reward", "tpo")
+METHODS = (*TOKENISES, "orpo", "kto")
 JUNK: tuple[Any, ...] = (
     *(
         None,

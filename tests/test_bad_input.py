@@ -30,6 +30,13 @@ def with_row(**changes):
     return pairs
 
 
+def chat(text):
+    return [{"role": "user", "content": text}]
+
+
+NO_PROMPT = r"train dataset, row 0, field 'prompt': empty: there is no such column, and .*do not start alike"
+
+
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
@@ -37,7 +44,11 @@ def with_row(**changes):
         (with_row(prompt=""), r"train dataset, row 2, field 'prompt': empty"),
         (with_row(rejected=None), r"train dataset, row 2, field 'rejected' is missing"),
         ([{"prompt": "a", "good": "b"}], r"train dataset: there is no column 'chosen'"),
-        ([{"chosen": "the dog", "rejected": "a cat"}], r"row 0, field 'prompt': empty .*do not start alike"),
+        ([{"chosen": "the dog", "rejected": "a cat"}], NO_PROMPT),
+        # (Of these TRL would take all but the last character of chosen for a prompt.)
+        ([{"chosen": "the dog ", "rejected": "a cat"}], NO_PROMPT),
+        ([{"chosen": chat("the dog"), "rejected": chat("a cat")}], NO_PROMPT),
+        ([{"chosen": chat("the dog"), "rejected": chat("the dog")}], NO_PROMPT),
     ],
 )
 def test_bad_data(model_path, tmp_path, pairs, message):
@@ -192,6 +203,34 @@ def test_bad_data_of_other_trainers(model_path, tmp_path, method):
     tokenizer.add_tokens(["zebra"])
     with pytest.raises(ValueError, match=r"row \d+, field '\w+': token id \d+ is outside the model's vocabulary"):
         make(model_path, data(chosen="a zebra"), tmp_path, tokenizer, method=method)
+
+
+@pytest.mark.parametrize("method", ["ORPO", "CPO", "TPO", "KTO"])
+def test_a_prompt_that_is_not_there(model_path, tmp_path, method):
+    with pytest.raises(ValueError, match=NO_PROMPT):
+        make(model_path, [{"chosen": "the dog ", "rejected": "a cat", "reference": "a"}], tmp_path, method=method)
+
+
+def test_a_stream_without_prompts(model_path, tmp_path):
+    stream = dataset([{"chosen": "the dog ", "rejected": "a cat"}]).to_iterable_dataset()
+    config, trainer_class = classes("preftree", "DPO")
+    args = config(str(tmp_path), **(COMMON | {"max_steps": 1}))
+    with pytest.raises(ValueError, match=NO_PROMPT):
+        trainer_class(model_path, args=args, train_dataset=stream, processing_class=word_tokenizer())
+
+
+def test_rewards_need_no_prompt(model_path, tmp_path):
+    pairs = [{"chosen": "the dog", "rejected": "a cat"}, {"chosen": chat("a dog"), "rejected": chat("a cat")}]
+    for pair in pairs:
+        assert len(make(model_path, [pair], tmp_path, method="Reward").train_dataset) == 1
+
+
+def test_a_gold_answer_to_something_else(model_path, tmp_path):
+    rows = [{"chosen": "the dog a", "rejected": "the dog the", "reference": "a cat"}]
+    with pytest.raises(
+        ValueError, match=r"row 0, field 'reference': it does not start with .* \('the dog'\): give a col"
+    ):
+        make(model_path, rows, tmp_path, method="TPO")
 
 
 def test_config_of_another_trainer(model_path, tmp_path):

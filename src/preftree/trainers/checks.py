@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import trl
 from datasets import Dataset, IterableDataset
 
 from preftree.models.rotary import RotaryLimit
@@ -106,6 +107,23 @@ def check_example(
             "the command line: --chat_template_path), or give plain text"
         )
     _check_template_columns(example, where)
+
+
+def _check_extracted_prompt(example: Mapping[str, Any], where: str, fields: Sequence[str]) -> None:
+    """What TRL would take for the prompt of an example that names none is there, and all fields start with it."""
+    prompt = trl.extract_prompt(dict(example))["prompt"]
+    others = [name for name in fields if example[name][: len(prompt)] != prompt]
+    # (TRL takes all but the last character for the prompt of a text that ends with a space and differs from its first on.)
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()) or set(others) & set(PAIR_FIELDS):
+        raise ValueError(
+            f"{where}, field 'prompt': empty: there is no such column, and before their last message or character 'chosen' "
+            "and 'rejected' do not start alike"
+        )
+    if others:
+        raise ValueError(
+            f"{where}, field {others[0]!r}: it does not start with the prompt that 'chosen' and 'rejected' share "
+            f"({str(prompt)[:40]!r}): give a column 'prompt'"
+        )
 
 
 def _check_template_columns(example: Mapping[str, Any], where: str) -> None:
@@ -255,11 +273,6 @@ class ExampleCheck:
         Raises:
             ValueError: naming ``where`` and the field.
         """
-        if example.get("prompt") in ("", []):
-            raise ValueError(
-                f"{where}, field 'prompt': empty (if the data have no prompt column: 'chosen' and 'rejected' do not "
-                "start alike)"
-            )
         members = self.layout.members(example)
         if SEQUENCES in example:
             try:
@@ -358,15 +371,22 @@ def check_raw(
     chat_template: bool,
     fields: Sequence[str] = PAIR_FIELDS,
     ties: str = "error",
+    extracts_prompt: bool = True,
 ) -> Dataset | IterableDataset:
     """The data set as it stands in the data, checked; its rows numbered in a column. A stream is checked as it comes.
+
+    Args:
+        extracts_prompt: whether the prompt of data without such a column is what fields have in common.
 
     Raises:
         ValueError: naming row and field.
     """
 
     def checked(example: dict[str, Any], index: int) -> dict[str, Any]:
-        check_example(example, f"{source}, row {index}", chat_template, fields, ties)
+        where = f"{source}, row {index}"
+        check_example(example, where, chat_template, fields, ties)
+        if extracts_prompt and "prompt" not in example:
+            _check_extracted_prompt(example, where, fields)
         return example
 
     if isinstance(dataset, IterableDataset):

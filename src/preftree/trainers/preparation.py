@@ -47,6 +47,7 @@ class DataPreparation(Trainer):
         fields: columns of the raw data that an example is made of, beside the prompt.
         columns: numbers of an example that the objective needs.
         takes_ranked: whether the data may be ranked completions instead.
+        extracts_prompt: whether, of data without a prompt, it is what the fields have in common at their start.
         takes_images: whether prompts may have images; these are read batch by batch, as TRL does it.
         cuts_at_max_length: whether TRL cuts what is longer (else it leaves it out).
     """
@@ -54,6 +55,7 @@ class DataPreparation(Trainer):
     fields: tuple[str, ...] = PAIR_FIELDS
     columns: tuple[str, ...] = ()
     takes_ranked = True
+    extracts_prompt = True
     takes_images = False
     cuts_at_max_length = True
     _tokenizer: Any
@@ -131,7 +133,8 @@ class DataPreparation(Trainer):
         chat_template = getattr(processing_class, "chat_template", None) is not None
         ties = getattr(args, "ties", "error")
         check_numbers(dataset, self.columns, source)
-        dataset = check_raw(dataset, source, chat_template, self.text_fields(columns, source), ties)
+        fields = self.text_fields(columns, source)
+        dataset = check_raw(dataset, source, chat_template, fields, ties, self.extracts_prompt)
         return flatten(dataset, ties) if "completions" in columns else dataset
 
     def _checked(self, dataset, args, source: str, ranked: bool):

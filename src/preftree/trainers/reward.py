@@ -35,6 +35,7 @@ class RewardTrainer(TreeTrainer, trl.RewardTrainer):
     columns = ("margin",)
     cuts_at_max_length = False
     predicts_logits = False
+    extracts_prompt = False
 
     @property
     def _by_example(self) -> bool:
