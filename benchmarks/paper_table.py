@@ -1,12 +1,14 @@
 """DPO on several GPUs, TRL's, packed and shared: the table of arXiv 2410.20305, with our figures beside the paper's.
 
-    python benchmarks/paper_table.py --gpus 8 --engine fsdp2 --model llama-3-8b --checkpointing --out benchmarks/results
+    python benchmarks/paper_table.py --gpus 8 --model llama-3-8b --checkpointing --tokens 32768 --out benchmarks/results
     python benchmarks/paper_table.py --gpus 1 2 --model qwen3-1.7b --only UltraFeedback     # how it scales
+    ... --gpus 1 2 --project 4 8                                                    # how it would, on more GPUs of a host
     python benchmarks/paper_table.py --gpus 2 --cpu --model tiny --pairs 2 --only TLDR      # what it does, without GPUs
 
-Each side trains by `trainer.train()`, in as many processes as there are GPUs (one GPU: a plain process without any engine),
-on the same random pairs of log-normal lengths (see `step`): random weights in bfloat16, SGD, a separate reference, so many
-pairs a GPU and step. "packed" is preftree with sharing switched off. TRL takes ``--trl-pairs`` at once and accumulates.
+Each side trains by `trainer.train()`, one distribution after the other, in as many processes as there are GPUs (one GPU: a
+plain process without any engine), on the same random pairs of log-normal lengths (see `step`): random weights in bfloat16,
+SGD, a separate reference, so many pairs a GPU and step (``--pairs``, or about as many as have ``--tokens``). "packed" is
+preftree with sharing switched off. TRL takes ``--trl-pairs`` at once and accumulates.
 
 Tokens are those of all sequences, each by itself, so that sides compare. MFU counts what a side computes (see `step`). A
 step's seconds are those between the ends of two steps on the GPU; the first steps, which compile, are not counted, and cards
@@ -14,7 +16,7 @@ are heated before those that are. "idle" is from steps after these, watched one 
 spends without a kernel that computes, "exchange" the part of it in which one exchanges or copies, or waits for others to, and
 "imbalance" the share that the mean rank would wait if ranks met at each step's end alone (by what their computing kernels
 take). "at random" is the imbalance of the same steps if ranks took pairs as they come, by operations. A side that takes longer
-than ``--limit`` says where it was.
+than ``--limit`` says where it was, and what it measured until then counts. ``--project`` is no measurement: see `projection`.
 """
 
 from __future__ import annotations
@@ -29,14 +31,20 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from packing import MEDIANS
+from projection import project
+from ranks import waits
 from step import PEAK, SIDES, Case, log_normal, operations, random_examples, shape, tiny_tokenizer
 from tables import library_versions, write
+
+from preftree.plan import ModelCost
+from preftree.report import versions
 
 # Speed-ups of sharing over packing without it, on 8 H100s with ZeRO-3 (arXiv 2410.20305).
 PAPER = {
@@ -49,7 +57,7 @@ PAPER = {
 }
 ENGINES = ("ddp", "fsdp2", "zero3")
 # Steps before those that are timed, and those that are watched behind them.
-FIRST, WATCHED = 4, 3
+FIRST, WATCHED = 3, 2
 _ACCELERATE = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -64,9 +72,24 @@ _ZERO3 = {
 }
 
 
-def make_case(name: str, pairs: int, gpus: int, steps: int, row_length: int) -> Case:
+def pairs_of(name: str, options: argparse.Namespace) -> int:
+    """Of a GPU and step."""
+    if options.tokens is None:
+        return options.pairs
+    drawn = log_normal(name, *MEDIANS[name], 512, 1)
+    at_once = options.tokens / (tokens_of(drawn)[0] / 512) / options.trl_pairs
+    return max(round(at_once), 1) * options.trl_pairs
+
+
+def make_case(name: str, gpus: int, options: argparse.Namespace) -> Case:
     """The steps of all GPUs."""
-    return log_normal(name, *MEDIANS[name], pairs * gpus, steps, row_length=row_length)
+    steps = FIRST + options.steps + WATCHED
+    return log_normal(name, *MEDIANS[name], pairs_of(name, options) * gpus, steps, row_length=options.row_length)
+
+
+def timed(case: Case) -> Case:
+    """Its steps that are timed."""
+    return replace(case, lengths=case.lengths[FIRST : len(case.lengths) - WATCHED])
 
 
 def tokens_of(case: Case) -> list[int]:
@@ -157,7 +180,6 @@ def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     import preftree
-    from preftree.plan import ModelCost
     from preftree.trainers.balance import imbalance
 
     warnings.simplefilter("ignore")
@@ -168,12 +190,13 @@ def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     config = shape(options.model)
     library = trl if side == "trl" else preftree
     own: dict[str, Any] = {"row_length": case.row_length, "share_prefixes": side == "preftree"}
-    at_once = min(options.trl_pairs, options.pairs) if side == "trl" else options.pairs
+    pairs = case.pairs // ranks
+    at_once = min(options.trl_pairs, pairs) if side == "trl" else pairs
     args = library.DPOConfig(
         **({} if side == "trl" else own),
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=options.pairs // at_once,
+        gradient_accumulation_steps=pairs // at_once,
         num_train_epochs=1,
         optim="sgd",
         learning_rate=1e-6,
@@ -226,14 +249,16 @@ def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
     cost = ModelCost.from_config(config)
     device = trainer.args.device
-    seconds, until = watched.seconds(), len(case.lengths) - WATCHED
-    tokens = tokens_of(case)[FIRST:until]
+    seconds = watched.seconds()
+    case = timed(case)
+    tokens = tokens_of(case)
     median = statistics.median(seconds)
     result = {
         "case": case.name,
         "side": side,
         "gpus": ranks,
         "engine": options.engine if ranks > 1 else "",
+        "pairs": pairs,
         "seconds": median,
         "pairs_per_s": case.pairs * len(seconds) / sum(seconds),
         "tokens_per_s_per_gpu": sum(tokens) / sum(seconds) / ranks,
@@ -250,19 +275,14 @@ def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
             "exchange": float(((busy_RS - computing_RS).mean(0) / whole_S).mean()),
             "imbalance": statistics.mean(imbalance(step) for step in computing_RS.T.tolist()),
         }
-    waits = []
-    for step in case.lengths[FIRST:until]:
-        lengths = np.array(step, dtype=float)
-        costs = cost.of_prompts(lengths[:, 0], lengths[:, 1:])
-        waits.append(imbalance(costs.reshape(-1, ranks).sum(0).tolist()))
-    return result | {"at_random": statistics.mean(waits)}
+    return result | {"at_random": waits(case, cost, ranks, balanced=False, shared=side == "preftree")}
 
 
-def launch(side: str, name: str, gpus: int, options: argparse.Namespace) -> dict[str, Any] | None:
-    """One side of a case in processes of its own; None if it fails."""
+def launch(side: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One side of all cases in processes of its own; of those that it gets to."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        worker = [__file__, *sys.argv[1:], "--worker", side, name, str(gpus), str(out)]
+        out = Path(folder) / "results.jsonl"
+        worker = [__file__, *sys.argv[1:], "--worker", side, str(gpus), str(out)]
         start = [sys.executable]
         environment = dict(os.environ)
         if gpus == 1:
@@ -273,13 +293,30 @@ def launch(side: str, name: str, gpus: int, options: argparse.Namespace) -> dict
                 environment |= _ACCELERATE | {"FSDP_RESHARD_AFTER_FORWARD": str(not options.no_reshard).lower()}
         try:
             status = subprocess.run([*start, *worker], env=environment, timeout=options.limit).returncode
+            end = f"failed with exit status {status}"
         except subprocess.TimeoutExpired:
-            print(f"{name}, {side}, {gpus} GPUs: stopped after {options.limit} s", file=sys.stderr)
-            return None
-        if status or not out.is_file():
-            print(f"{name}, {side}, {gpus} GPUs: failed with exit status {status}", file=sys.stderr)
-            return None
-        return json.loads(out.read_text())
+            end = f"stopped after {options.limit} s"
+        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+    for name in options.only[len(rows) :]:
+        print(f"{name}, {side}, {gpus} GPUs: {end}", file=sys.stderr)
+    return rows
+
+
+def work(side: str, gpus: int, out: Path, options: argparse.Namespace) -> None:
+    """One side of all cases, in one of the processes."""
+    import torch
+
+    faulthandler.dump_traceback_later(0.9 * options.limit)
+    for name in options.only:
+        result = train(side, make_case(name, gpus, options), options)
+        if int(os.environ.get("RANK", 0)) == 0:
+            with out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        gc.collect()
+        if not options.cpu:
+            torch.cuda.empty_cache()
+    sys.stderr.flush()
+    os._exit(0)  # leaving by the interpreter's own way, gloo's threads abort a rank now and then
 
 
 def show(row: dict[str, Any], peak: float | None) -> None:
@@ -293,34 +330,32 @@ def show(row: dict[str, Any], peak: float | None) -> None:
     )
 
 
-def compare(rows: list[dict[str, Any]], cases: list[Case], model: str) -> None:
-    """Each case's ratios, beside what operations allow and the paper's, and how it scales."""
-    from preftree.plan import ModelCost
-
-    cost = ModelCost.from_config(shape(model))
+def compare(
+    rows: list[dict[str, Any]], names: Sequence[str], case_of: Callable[[str, int], Case], cost: ModelCost
+) -> None:
+    """Each case's ratios, beside what operations allow and the paper's, and how it scales; also put into the rows."""
     found = {(row["case"], row["gpus"], row["side"]): row for row in rows}
-    for case in cases:
-        ideal = operations(case, cost, "packed") / operations(case, cost, "preftree")
+    for name in names:
         for gpus in dict.fromkeys(row["gpus"] for row in rows):
-            ours = found.get((case.name, gpus, "preftree"))
+            case = timed(case_of(name, gpus))
+            ideal = operations(case, cost, "packed") / operations(case, cost, "preftree")
+            ours = found.get((name, gpus, "preftree"))
             for other in ("packed", "trl"):
-                theirs = found.get((case.name, gpus, other))
+                theirs = found.get((name, gpus, other))
                 if ours is None or theirs is None:
                     continue
                 ours[f"over_{other}"] = ratio = ours["pairs_per_s"] / theirs["pairs_per_s"]
-                line = f"{case.name}, {gpus} GPUs: preftree / {other} {ratio:.2f}x"
+                line = f"{name}, {gpus} GPUs: preftree / {other} {ratio:.2f}x"
                 if other == "packed":
-                    ours |= {"operations": ideal, "paper": PAPER[case.name]}
-                    line += f" (operations {ideal:.2f}x: {ratio / ideal:.3f} of it; the paper {PAPER[case.name]}x)"
+                    ours |= {"operations": ideal, "paper": PAPER[name]}
+                    line += f" (operations {ideal:.2f}x: {ratio / ideal:.3f} of it; the paper {PAPER[name]}x)"
                 print(line)
         for side in SIDES:
-            one = found.get((case.name, 1, side))
+            one = found.get((name, 1, side))
             for gpus in sorted({row["gpus"] for row in rows} - {1}):
-                if one is not None and (several := found.get((case.name, gpus, side))) is not None:
-                    several["of_one_gpu"] = several["tokens_per_s_per_gpu"] / one["tokens_per_s_per_gpu"]
-                    print(
-                        f"{case.name}, {side}: a GPU of {gpus} does {several['of_one_gpu']:.3f} of what one alone does"
-                    )
+                if one is not None and (several := found.get((name, gpus, side))) is not None:
+                    several["of_one_gpu"] = share = several["tokens_per_s_per_gpu"] / one["tokens_per_s_per_gpu"]
+                    print(f"{name}, {side}: a GPU of {gpus} does {share:.3f} of what one alone does")
 
 
 def main() -> None:
@@ -331,6 +366,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--only", nargs="+", choices=MEDIANS, default=list(MEDIANS), help="distributions")
     parser.add_argument("--pairs", type=int, default=64, help="of a GPU and step")
+    parser.add_argument("--tokens", type=int, help="of a GPU and step, about, in place of --pairs")
     parser.add_argument("--trl-pairs", type=int, default=4, help="that TRL takes at once")
     parser.add_argument("--row-length", type=int, default=16384, help="of preftree's rows, at most")
     parser.add_argument("--steps", type=int, default=4, help="that are timed")
@@ -338,40 +374,42 @@ def main() -> None:
     parser.add_argument(
         "--no-reshard", action="store_true", help="FSDP2 keeps layers' weights whole from forward to backward"
     )
+    parser.add_argument(
+        "--project", nargs="+", type=int, default=[], help="numbers of GPUs of one host, by calculation"
+    )
     parser.add_argument("--cpu", action="store_true", help="by gloo, to try the script")
-    parser.add_argument("--limit", type=int, default=600, help="seconds of a side and case")
+    parser.add_argument("--limit", type=int, default=600, help="seconds of a side")
     parser.add_argument("--out", type=Path, help="folder for a CSV")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.pairs % min(options.trl_pairs, options.pairs):
+    if options.tokens is None and options.pairs % min(options.trl_pairs, options.pairs):
         raise SystemExit("--trl-pairs must divide --pairs")
-    steps = FIRST + options.steps + WATCHED
+    if options.project and not {1, 2} <= set(options.gpus):
+        raise SystemExit("--project needs --gpus 1 2: it goes by what one and two GPUs do")
     if options.worker:
-        side, name, gpus, out = options.worker
-        faulthandler.dump_traceback_later(0.9 * options.limit)
-        result = train(side, make_case(name, options.pairs, int(gpus), steps, options.row_length), options)
-        if int(os.environ.get("RANK", 0)) == 0:
-            Path(out).write_text(json.dumps(result))
-        sys.stderr.flush()
-        os._exit(0)  # leaving by the interpreter's own way, gloo's threads abort a rank now and then
+        side, gpus, out = options.worker
+        work(side, int(gpus), Path(out), options)
     import torch
-
-    from preftree.report import versions
 
     card = "" if options.cpu else torch.cuda.get_device_name()
     peak = next((rate for kind, rate in PEAK.items() if kind in card), None)
     engine = options.engine + (" without resharding" if options.no_reshard else "")
-    head = f"{options.model}, {engine}, {options.pairs} pairs a GPU and step; {versions()}{library_versions()}"
+    size = f"{options.pairs} pairs" if options.tokens is None else f"about {options.tokens} tokens"
+    head = f"{options.model}, {engine}, {size} a GPU and step; {versions()}{library_versions()}"
     print(head, flush=True)
-    rows = []
-    for name in options.only:
-        for gpus in options.gpus:
-            for side in options.sides:
-                if (row := launch(side, name, gpus, options)) is not None:
-                    rows.append(row)
-                    show(row, peak)
-    cases = [make_case(name, options.pairs, max(options.gpus), steps, options.row_length) for name in options.only]
-    compare(rows, cases, options.model)
+    rows: list[dict[str, Any]] = []
+
+    def case_of(name: str, gpus: int) -> Case:
+        return make_case(name, gpus, options)
+
+    for gpus in options.gpus:
+        for side in options.sides:
+            rows += (found := launch(side, gpus, options))
+            for row in found:
+                show(row, peak)
+    cost = ModelCost.from_config(shape(options.model))
+    compare(rows, options.only, case_of, cost)
+    rows += [row for gpus in options.project for row in project(rows, options.only, case_of, gpus, cost)]
     if options.out:
         machine = card.split()[1].lower() if card else "cpu"
         count = "_".join(map(str, options.gpus))

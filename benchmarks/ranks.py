@@ -10,10 +10,11 @@ The figure is the share of a step that the mean rank waits, mean over the steps;
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 
 import numpy as np
-from step import MEDIANS, log_normal, shape
+from step import MEDIANS, Case, log_normal, shape
 from tables import write
 
 from preftree.plan import ModelCost
@@ -21,6 +22,24 @@ from preftree.report import versions
 from preftree.trainers.balance import assign, imbalance
 
 RANKS = (2, 4, 8, 16, 64, 256, 1024)
+
+
+def waits(case: Case, cost: ModelCost, ranks: int, balanced: bool, shared: bool = True) -> float:
+    """Share of a step that the mean rank waits for the slowest one, mean over the case's steps.
+
+    Args:
+        balanced: pairs are shared out by cost, as preftree's trainers do it, or as they come.
+        shared: a pair's prompt is computed once.
+    """
+    found = []
+    for step in case.lengths:
+        lengths = np.array(step, dtype=float)
+        prompts, responses = lengths[:, 0], lengths[:, 1:]
+        together = [responses] if shared else [response[:, None] for response in responses.T]
+        costs = np.sum([cost.of_prompts(prompts, each) for each in together], axis=0)
+        shares = assign(costs.tolist(), ranks) if balanced else np.arange(len(costs)).reshape(ranks, -1)
+        found.append(imbalance([costs[share].sum() for share in shares]))
+    return statistics.mean(found)
 
 
 def main() -> None:
@@ -35,15 +54,8 @@ def main() -> None:
     print(f"{options.lengths}, {options.pairs} pairs a rank\n{'ranks':>6}{'at random':>12}{'by cost':>10}")
     for ranks in RANKS:
         case = log_normal("", *MEDIANS[options.lengths], options.pairs * ranks, options.steps)
-        waits: dict[str, list[float]] = {"at_random": [], "by_cost": []}
-        for step in case.lengths:
-            lengths = np.array(step, dtype=float)
-            costs = cost.of_prompts(lengths[:, 0], lengths[:, 1:])
-            waits["at_random"].append(imbalance(costs.reshape(ranks, -1).sum(1).tolist()))
-            waits["by_cost"].append(imbalance([costs[share].sum() for share in assign(costs.tolist(), ranks)]))
-        row = {"ranks": ranks, "pairs": options.pairs} | {
-            name: float(np.mean(values)) for name, values in waits.items()
-        }
+        row = {"ranks": ranks, "pairs": options.pairs}
+        row |= {"at_random": waits(case, cost, ranks, False), "by_cost": waits(case, cost, ranks, True)}
         rows.append(row)
         print(f"{ranks:>6}{row['at_random']:>12.1%}{row['by_cost']:>10.2%}", flush=True)
     if options.out:

@@ -6,26 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from preftree.plan import ModelCost
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "paper_table.py"
 
 
 def test_two_processes_on_cpus(tmp_path):
     """More is compared than one GPU's share of operations: ratios stand beside the paper's, and how it scales."""
-    small = ["--model", "tiny", "--pairs", "2", "--trl-pairs", "1", "--steps", "1", "--only", "TLDR"]
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--gpus",
-        "1",
-        "2",
-        "--cpu",
-        "--engine",
-        "ddp",
-        *small,
-        "--out",
-        str(tmp_path),
-    ]
+    small = ["--model", "tiny", "--tokens", "2000", "--trl-pairs", "1", "--steps", "1", "--only", "TLDR", "HH-RLHF"]
+    command = [sys.executable, str(SCRIPT), "--gpus", "1", "2", "--project", "4", "--cpu", "--engine", "ddp", *small]
+    command += ["--out", str(tmp_path)]
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}",
         "OMP_NUM_THREADS": "1",
@@ -34,16 +27,61 @@ def test_two_processes_on_cpus(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (tmp_path / "paper_table_tiny_ddp_1_2_cpu.csv").read_text().splitlines()
     rows = list(csv.DictReader(lines[1:]))
-    assert [(row["side"], row["gpus"]) for row in rows] == [
-        (side, n) for n in "12" for side in ("trl", "packed", "preftree")
+    sides, names = ("trl", "packed", "preftree"), ("TLDR", "HH-RLHF")
+    measured = [(gpus, side, name) for gpus in "12" for side in sides for name in names]
+    assert [(row["gpus"], row["side"], row["case"]) for row in rows] == [
+        *measured,
+        *(("4", side, name) for name in names for side in sides),
     ]
     for row in rows:
         assert float(row["pairs_per_s"]) > 0
-        assert (float(row["of_one_gpu"]) > 0) if row["gpus"] == "2" else not row["of_one_gpu"]
+        assert (float(row["of_one_gpu"]) > 0) if row["gpus"] != "1" else not row["of_one_gpu"]
+        assert row["engine"] == {"1": "", "2": "ddp", "4": "projection"}[row["gpus"]]
+        # About 990 and 440 tokens a pair, each sequence by itself.
+        assert row["pairs"] == {"TLDR": "2", "HH-RLHF": "5"}[row["case"]]
         if row["side"] == "preftree":
             assert float(row["over_packed"]) > 0
             assert float(row["over_trl"]) > 0
-            assert float(row["paper"]) == 1.35
-            assert 1.6 < float(row["operations"]) < 1.9
-    # Of two ranks' pairs, one's weigh more.
-    assert float(rows[-1]["at_random"]) > 0 == float(rows[0]["at_random"])
+        if row["side"] == "preftree" and row["engine"] != "projection":
+            assert float(row["paper"]) == {"TLDR": 1.35, "HH-RLHF": 1.41}[row["case"]]
+            assert 1.2 < float(row["operations"]) < 1.9
+        # Of two ranks' pairs, one's weigh more.
+        if row["engine"] != "projection":
+            assert (float(row["at_random"]) > 0) == (row["gpus"] == "2")
+
+
+def test_projection(monkeypatch, capsys):
+    """By hand: two GPUs lose a tenth, nothing of it by imbalance; each of 8 receives 7/8 in place of 1/2."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from projection import efficiency, project
+    from step import Case
+
+    assert efficiency(0.9, 0.0, 0.0, 8) == pytest.approx(1 / (1 + 0.1 / 0.9 * 1.75))
+    assert efficiency(0.9, 0.1, 0.3, 4) == pytest.approx(0.7)  # two lose by imbalance alone
+    assert efficiency(1.02, 0.0, 0.0, 4) == 1.0  # what is faster by chance stays one GPU's
+
+    def case_of(name, gpus):
+        # TRL's ranks take pairs as they come, of 8 (32 a step) one has four long ones; by cost all have one.
+        long, short = (200, 100, 100), (20, 10, 10)
+        rest = (gpus - 1) * 4
+        return Case(name, (((*[long] * 4, *[short] * rest) if gpus > 2 else (short,) * 8,)))
+
+    def row(side, gpus, rate, of_one=None):
+        found = {"case": "a", "side": side, "gpus": gpus, "engine": "", "pairs": 4, "pairs_per_s": rate * gpus}
+        return found | {"tokens_per_s_per_gpu": 100 * rate, "of_one_gpu": of_one}
+
+    sides = (("trl", 2.0), ("preftree", 6.0))
+    rows = [each for side, rate in sides for each in (row(side, 1, rate), row(side, 2, 0.9 * rate, 0.9))]
+    cost = ModelCost(per_token=1.0, per_scored=0.0, per_pair=0.0)
+    theirs, ours = project([*rows, row("packed", 1, 3.0)], ["a"], case_of, 4, cost)  # packed: not on two
+    # TRL, by tokens: its first rank has 4 * 600, the others 4 * 60.
+    waits = 1 - (2400 + 3 * 240) / 4 / 2400
+    share = (1 - waits) / (1 + 0.1 / 0.9 * 1.5)
+    assert (theirs["side"], theirs["engine"]) == ("trl", "projection")
+    assert theirs["pairs_per_s"] == pytest.approx(share * 4 * 2.0)
+    # By cost each rank has a long pair (400) and three short ones (40).
+    assert ours["pairs_per_s"] == pytest.approx(4 * 6.0 / (1 + 0.1 / 0.9 * 1.5))
+    assert ours["imbalance"] == 0.0
+    assert ours["over_trl"] == pytest.approx(ours["pairs_per_s"] / theirs["pairs_per_s"])
+    assert "over_packed" not in ours
+    assert "projection: on 4 GPUs preftree / trl would be" in capsys.readouterr().out
