@@ -16,7 +16,8 @@ are heated before those that are. "idle" is from steps after these, watched one 
 spends without a kernel that computes, "exchange" the part of it in which one exchanges or copies, or waits for others to, and
 "imbalance" the share that the mean rank would wait if ranks met at each step's end alone (by what their computing kernels
 take). "at random" is the imbalance of the same steps if ranks took pairs as they come, by operations. A side that takes longer
-than ``--limit`` says where it was, and what it measured until then counts. ``--project`` is no measurement: see `projection`.
+than ``--limit`` says where it was, and what it measured until then counts; ``--read`` goes on with what earlier calls wrote.
+``--project`` is no measurement: see `projection`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from packing import MEDIANS
 from projection import project
 from ranks import waits
 from step import PEAK, SIDES, Case, log_normal, operations, random_examples, shape, tiny_tokenizer
-from tables import library_versions, write
+from tables import library_versions, read, write
 
 from preftree.plan import ModelCost
 from preftree.report import versions
@@ -278,15 +279,15 @@ def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     return result | {"at_random": waits(case, cost, ranks, balanced=False, shared=side == "preftree")}
 
 
-def launch(side: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One side of all cases in processes of its own; of those that it gets to."""
+def launch(side: str, gpus: int, names: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One side of these cases in processes of its own; of those that it gets to."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.jsonl"
-        worker = [__file__, *sys.argv[1:], "--worker", side, str(gpus), str(out)]
+        worker = [__file__, *sys.argv[1:], "--only", *names, "--worker", side, str(gpus), str(out)]
         start = [sys.executable]
         environment = dict(os.environ)
         if gpus == 1:
-            environment["CUDA_VISIBLE_DEVICES"] = "0"
+            environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         else:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
             if options.engine == "fsdp2":
@@ -297,7 +298,7 @@ def launch(side: str, gpus: int, options: argparse.Namespace) -> list[dict[str, 
         except subprocess.TimeoutExpired:
             end = f"stopped after {options.limit} s"
         rows = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
-    for name in options.only[len(rows) :]:
+    for name in names[len(rows) :]:
         print(f"{name}, {side}, {gpus} GPUs: {end}", file=sys.stderr)
     return rows
 
@@ -378,6 +379,9 @@ def main() -> None:
         "--project", nargs="+", type=int, default=[], help="numbers of GPUs of one host, by calculation"
     )
     parser.add_argument("--cpu", action="store_true", help="by gloo, to try the script")
+    parser.add_argument(
+        "--read", nargs="+", type=Path, default=[], help="CSVs of earlier calls: what they have is not measured"
+    )
     parser.add_argument("--limit", type=int, default=600, help="seconds of a side")
     parser.add_argument("--out", type=Path, help="folder for a CSV")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -389,32 +393,47 @@ def main() -> None:
     if options.worker:
         side, gpus, out = options.worker
         work(side, int(gpus), Path(out), options)
-    import torch
-
-    card = "" if options.cpu else torch.cuda.get_device_name()
-    peak = next((rate for kind, rate in PEAK.items() if kind in card), None)
     engine = options.engine + (" without resharding" if options.no_reshard else "")
     size = f"{options.pairs} pairs" if options.tokens is None else f"about {options.tokens} tokens"
-    head = f"{options.model}, {engine}, {size} a GPU and step; {versions()}{library_versions()}"
+    settings = f"{options.model}, {engine}, {size} a GPU and step, {options.steps} steps, rows of {options.row_length}"
+    settings += ", activations computed again" * options.checkpointing
+    rows, heads = [], {}
+    for path in options.read:
+        heads[str(path)], found = read(path)
+        rows += [row for row in found if row.get("engine") != "projection"]
+    there = {(row["gpus"], row["side"], row["case"]) for row in rows}
+    wanted = {
+        (gpus, side): [name for name in options.only if (gpus, side, name) not in there]
+        for gpus in options.gpus
+        for side in options.sides
+    }
+    if any(wanted.values()):
+        heads["here"] = f"{settings}; {versions()}{library_versions()}"
+    head = list(heads.values())[-1]
+    for place, told in heads.items():
+        if told.split(";")[0] != settings or told != head:
+            raise SystemExit(
+                f"measured in another way or on another machine:\n{place}: {told}\nwanted: {settings}; {head}"
+            )
     print(head, flush=True)
-    rows: list[dict[str, Any]] = []
+    card = None if options.cpu else next((kind for kind in PEAK if kind in head), None)
 
     def case_of(name: str, gpus: int) -> Case:
         return make_case(name, gpus, options)
 
-    for gpus in options.gpus:
-        for side in options.sides:
-            rows += (found := launch(side, gpus, options))
+    for (gpus, side), names in wanted.items():
+        if names:
+            rows += (found := launch(side, gpus, names, options))
             for row in found:
-                show(row, peak)
+                show(row, PEAK.get(card))
     cost = ModelCost.from_config(shape(options.model))
     compare(rows, options.only, case_of, cost)
     rows += [row for gpus in options.project for row in project(rows, options.only, case_of, gpus, cost)]
     if options.out:
-        machine = card.split()[1].lower() if card else "cpu"
         count = "_".join(map(str, options.gpus))
         kind = options.engine + ("_whole" if options.no_reshard else "")
-        write(rows, options.out / f"paper_table_{options.model}_{kind}_{count}_{machine}.csv", head)
+        name = f"paper_table_{options.model}_{kind}_{count}_{(card or 'cpu').lower()}.csv"
+        write(rows, options.out / name, head)
     if not rows:
         raise SystemExit("nothing ran")
 

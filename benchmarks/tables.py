@@ -22,6 +22,23 @@ def write(rows: Sequence[dict[str, Any]], path: Path, head: str) -> None:
     print(f"wrote {path}")
 
 
+def read(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """What `write` has written: the head, and rows without what is empty in them."""
+    with path.open(newline="", encoding="utf-8") as file:
+        head = file.readline().removeprefix("# ").rstrip("\n")
+        rows = [{key: _number(value) for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+    return head, rows
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def library_versions() -> str:
     """What belongs behind `preftree.report.versions` where kernels are timed."""
     found = ""

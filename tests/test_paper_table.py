@@ -50,6 +50,44 @@ def test_two_processes_on_cpus(tmp_path):
             assert (float(row["at_random"]) > 0) == (row["gpus"] == "2")
 
 
+def test_what_earlier_calls_measured(monkeypatch, tmp_path, capsys):
+    """Ratios, scaling and projections of two calls' rows, with nothing left to measure; other settings' are refused."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import paper_table
+    import tables
+
+    head = "qwen3-1.7b, ddp, 8 pairs a GPU and step, 4 steps, rows of 16384; a version, NVIDIA H200"
+    for gpus, rate in ((1, 10.0), (2, 18.0)):
+        row = {"case": "TLDR", "gpus": gpus, "engine": "ddp" if gpus > 1 else "", "pairs": 8}
+        rows = [
+            row | {"side": side, "pairs_per_s": rate * times, "tokens_per_s_per_gpu": 100 * rate * times / gpus}
+            for side, times in (("packed", 1.0), ("preftree", 1.5))
+        ]
+        tables.write(rows, tmp_path / f"{gpus}.csv", head)
+
+    def run(*more):
+        given = ["--model", "qwen3-1.7b", "--engine", "ddp", "--pairs", "8", "--only", "TLDR", "--gpus", "1", "2"]
+        given += ["--sides", "packed", "preftree", "--project", "8", "--out", str(tmp_path / "all"), *more]
+        monkeypatch.setattr("sys.argv", ["paper_table.py", *given])
+        paper_table.main()
+
+    files = [str(tmp_path / "1.csv"), str(tmp_path / "2.csv")]
+    run("--read", *files)
+    told, rows = tables.read(tmp_path / "all" / "paper_table_qwen3-1.7b_ddp_1_2_h200.csv")
+    assert told == head
+    assert [(row["gpus"], row["side"]) for row in rows] == [
+        (n, side) for n in (1, 2, 8) for side in ("packed", "preftree")
+    ]
+    assert rows[3]["over_packed"] == 1.5
+    assert rows[3]["of_one_gpu"] == 0.9
+    assert rows[5]["engine"] == "projection"
+    with pytest.raises(SystemExit, match="measured in another way"):
+        run("--read", *files, "--steps", "5")
+    tables.write(rows[:1], tmp_path / "other.csv", head.replace("a version", "another version"))
+    with pytest.raises(SystemExit, match="on another machine"):
+        run("--read", str(tmp_path / "other.csv"), *files)
+
+
 def test_projection(monkeypatch, capsys):
     """By hand: two GPUs lose a tenth, nothing of it by imbalance; each of 8 receives 7/8 in place of 1/2."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
