@@ -5,6 +5,8 @@ import gzip
 import json
 
 import fuzz
+import pyarrow
+import pyarrow.parquet
 import pytest
 from preference_data import chat_pairs, text_pairs
 
@@ -128,6 +130,48 @@ def test_bad_rows(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message) as error:
         load_pairs(path)
     assert str(path) in str(error.value)
+
+
+SOUND = '"prompt": "p", "rejected": "r"'
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (f'{{{SOUND}, "chosen": "c", "chosen": "d"}}', "field 'chosen' is there twice"),
+        (f'{{{SOUND}, "chosen": {"9" * 5000}}}', r"Exceeds the limit \(4300 digits\)"),
+        (f'{{{SOUND}, "chosen": "a \\ud83d b"}}', r"field 'chosen': \\ud83d is half of a character"),
+        (f'{{{SOUND}, "chosen": "c", "tools": [{{"\\uDE00": 1}}]}}', r"field 'tools': \\ude00 is half of a character"),
+    ],
+    ids=["twice", "digits", "half", "half-name"],
+)
+def test_json_that_python_reads_and_others_do_not(tmp_path, row, message):
+    good = json.dumps(text_pairs(1)[0])
+    (tmp_path / "x.jsonl").write_text(f"{good}\n{row}\n")
+    with pytest.raises(ValueError, match=f"x.jsonl, line 2(, |: ){message}"):
+        load_pairs(tmp_path / "x.jsonl")
+    (tmp_path / "x.json").write_text(f"[{good}, {row}]")
+    with pytest.raises(ValueError, match=f"x.json(, row 1)?(, |: ){message}"):
+        load_pairs(tmp_path / "x.json")
+
+
+def test_characters_written_in_two_halves(tmp_path):
+    (tmp_path / "x.jsonl").write_text(f'{{{SOUND}, "chosen": "a \\ud83d\\ude00 b"}}\n')
+    assert load_pairs(tmp_path / "x.jsonl")["chosen"] == ["a \U0001f600 b"]
+
+
+def test_columns_that_are_there_twice(tmp_path):
+    names, values = ["prompt", "chosen", "rejected", "chosen"], ["the dog", "a", "b", "c"]
+    (tmp_path / "x.csv").write_text(f"{','.join(names)}\n{','.join(values)}\n")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays([pyarrow.array([value]) for value in values], names), tmp_path / "x.parquet"
+    )
+    for name in ("x.csv", "x.parquet"):
+        with pytest.raises(ValueError, match=f"{name}: column 'chosen' is there twice"):
+            load_pairs(tmp_path / name)
+    # (Of what nobody reads there may be several.)
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected,,\nthe dog,a,b,1,2\n")
+    assert len(load_pairs(tmp_path / "x.csv")) == 1
 
 
 def test_chats_without_a_template(tmp_path):

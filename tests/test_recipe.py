@@ -61,6 +61,12 @@ def test_recipes_that_are_right():
         ("dataset_num_proc: 0", "dataset_num_proc must be positive, got 0"),
         ("loss_type: []", "loss_type names no loss"),
         ("model_name_or_path: x\nmodel_init_kwargs: x", "option 'model_init_kwargs' must be a mapping, not 'x'"),
+        ("model_name_or_path: x\noutput_dir: ' '", "option 'output_dir' is empty: give a folder"),
+        ('run_name: "a\\0b"', "option 'run_name' holds a character of number 0"),
+        ("5: 6", "the name of an option must be text, not 5 (int)"),
+        ("beta: 0.1\nbeta: 0.2", "not a recipe in plain YAML: 'beta' is there twice"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}", "not a recipe in plain YAML: 'a' is there twice"),
+        (f"run_name: {'[' * 5000}", "lists or mappings in each other, too many to read"),
     ],
 )
 def test_what_is_wrong_is_named(line, message, tmp_path, capsys):
@@ -78,15 +84,22 @@ def test_a_file_without_options(text, what, tmp_path, capsys):
     assert f"{path} must hold options, 'name: value' each, not {what}" in capsys.readouterr().err
 
 
-def test_what_the_model_does_not_take(tmp_path, capsys, model_path):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"model_init_kwargs": {"layers": 3}}, "option 'model_init_kwargs': the model takes no 'layers'"),
+        ({"chat_template_path": "gone.jinja"}, "--chat_template_path gone.jinja: no such file"),
+    ],
+)
+def test_what_goes_with_no_model_or_tokenizer(tmp_path, capsys, model_path, option, message):
     rows = tmp_path / "pairs.jsonl"
     rows.write_text('{"prompt": "the dog", "chosen": " runs", "rejected": " sleeps"}\n')
     settings = {"model_name_or_path": model_path, "dataset_name": str(rows), "use_cpu": True, "bf16": False}
-    settings |= {"output_dir": str(tmp_path / "out"), "model_init_kwargs": {"layers": 3}}
+    settings |= {"output_dir": str(tmp_path / "out")} | option
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     assert cli.main(["dpo", "--config", str(path)]) == 2
-    assert "option 'model_init_kwargs': the model takes no 'layers'" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_recipes_by_the_hundred(capsys):

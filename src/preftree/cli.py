@@ -144,7 +144,10 @@ def _processing_class(kind: Any, script: Any, args: Any, model_args: trl.ModelCo
     tokenizer = kind.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    path = getattr(script, "chat_template_path", None) or getattr(args, "chat_template_path", None)
+    own = getattr(script, "chat_template_path", None)
+    if own and not Path(own).is_file():
+        raise FileNotFoundError(f"--chat_template_path {own}: no such file")
+    path = own or getattr(args, "chat_template_path", None)  # (a reward model's may be another model's name)
     if path and Path(path).is_file():
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     return tokenizer
@@ -170,6 +173,8 @@ def run(command: str, argv: Sequence[str]) -> Any:
     script, args, model_args, mixture = _parse(command, kind, method, argv)
     if model_args.model_name_or_path is None:
         raise ValueError("no model: give --model_name_or_path")
+    if not str(args.output_dir).strip():
+        raise ValueError("option 'output_dir' is empty: give a folder for checkpoints, the model and the report")
     # What the model is loaded with, as `trl dpo` passes it on; the recipe's own model_init_kwargs win.
     loading = {
         "revision": model_args.model_revision,

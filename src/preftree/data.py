@@ -23,7 +23,7 @@ import datasets
 import pyarrow
 from datasets import Dataset, DatasetInfo, IterableDataset, concatenate_datasets
 
-from preftree.trainers.checks import IMAGE_COLUMNS, TEMPLATE_COLUMNS, check_columns, check_example
+from preftree.trainers.checks import IMAGE_COLUMNS, TEMPLATE_COLUMNS, TEXT_FIELDS, check_columns, check_example
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # What trainers read besides text; other columns are left out, whatever they hold.
@@ -45,7 +45,6 @@ _ROWS_IN_MEMORY = 10_000
 _MOST_LISTS = 12
 # What a column raises for values that it cannot hold.
 _NO_COLUMN = (pyarrow.ArrowException, TypeError, OverflowError)
-_TEXT = ("prompt", "chosen", "rejected", "reference", "completion")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -311,40 +310,74 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: not a complete gzip file ({error})") from error
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {max(names, key=names.count)!r} is there twice")
+    return found
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    """That each column that is read is there once."""
+    for name in (*TEXT_FIELDS, *COLUMNS):
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: column {name!r} is there twice")
+
+
+def _parsed(text: str, where: str, lines: bool = False, hint: str = "") -> Any:
+    """JSON whose objects have each name once; of several ``lines`` messages name one."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if lines else ""
+        raise ValueError(f"{where}{line}: not valid JSON: {error.msg} at column {error.colno}{hint}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: lists or objects in each other, too many to read") from error
+    except ValueError as error:  # a name that is there twice, a number with thousands of digits
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _half(text: str) -> bool:
+    """Whether halves of characters may be written in JSON."""
+    return "\\ud" in text or "\\uD" in text
+
+
+def _as_row(value: Any, where: str, escapes: bool) -> dict[str, Any]:
+    """A row that JSON holds; with ``escapes`` there may be halves of characters in it."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: a row must be an object with fields, not {type(value).__name__}")
+    if escapes:
+        for name, field in value.items():
+            try:
+                json.dumps(field, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(error.object[error.start]):04x}"
+                raise ValueError(f"{where}, field {name!r}: {half} is half of a character in UTF-16") from error
+    return value
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(_lines(path), start=1):
         where = f"{path}, line {number}"
         text = _text(line, where)
         if not text.strip():
             continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            hint = "" if line.endswith(b"\n") else " (the last line has no newline: is the file torn?)"
-            raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}{hint}") from error
-        except RecursionError as error:
-            raise ValueError(f"{where}: lists or objects in each other, too many to read") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a row must be an object with fields, not {type(row).__name__}")
-        yield where, row
+        hint = "" if line.endswith(b"\n") else " (the last line has no newline: is the file torn?)"
+        yield where, _as_row(_parsed(text, where, hint=hint), where, _half(text))
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        rows = json.loads(_text(_bytes(path), str(path)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: lists or objects in each other, too many to read") from error
+    text = _text(_bytes(path), str(path))
+    rows = _parsed(text, str(path), lines=True)
     if not isinstance(rows, list):
         raise ValueError(
             f"{path}: must hold a list of rows, not {type(rows).__name__} (one row a line? name it .jsonl)"
         )
+    escapes = _half(text)
     for number, row in enumerate(rows):
         where = f"{path}, row {number}"
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a row must be an object with fields, not {type(row).__name__}")
-        yield where, row
+        yield where, _as_row(row, where, escapes)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -352,6 +385,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(_text(_bytes(path), str(path)), newline=""), strict=True)
     number = 0
     try:
+        _check_names(reader.fieldnames or (), path)
         for number, row in enumerate(reader):
             where = f"{path}, row {number} (line {reader.line_num})"
             if None in row or None in row.values():
@@ -366,6 +400,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
+        _check_names(file.schema_arrow.names, path)
         number = 0
         for batch in file.iter_batches():
             for row in batch.to_pylist():
@@ -382,7 +417,7 @@ def _normalise(row: dict[str, Any], where: str) -> dict[str, Any]:
         for name in ("chosen", "rejected"):
             if isinstance(row.get(name), dict):
                 row[name] = [row[name]]
-    return {name: _as_chat(value, where, name) if name in _TEXT else value for name, value in row.items()}
+    return {name: _as_chat(value, where, name) if name in TEXT_FIELDS else value for name, value in row.items()}
 
 
 def _as_chat(value: Any, where: str, name: str) -> Any:

@@ -34,12 +34,28 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config: not a recipe in plain YAML: {in_one_line(error)}") from error
+    except RecursionError as error:
+        raise ValueError(f"--config: {path}: lists or mappings in each other, too many to read") from error
     if not isinstance(found, dict):
         raise ValueError(f"--config: {path} must hold options, 'name: value' each, not {_described(found)}")
+    if names := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(f"--config: {path}: the name of an option must be text, not {_described(names[0])}")
     return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which a mapping has each name once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [key.value for key in keys]
+        for number, key in enumerate(keys):
+            if key.value in names[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def in_one_line(error: Exception) -> str:
@@ -58,6 +74,8 @@ def check(options: Mapping[Any, Any], kinds: Iterable[type[Any]]) -> None:
         known = get_type_hints(kind)
         hints |= {field.name: known[field.name] for field in dataclasses.fields(kind)}
     for name, value in options.items():
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"option {name!r} holds a character of number 0")
         if name not in hints or (name in _TRUE_TOO and isinstance(value, bool)) or _fits(value, hints[name]):
             continue
         hint = ", in quotes (YAML reads no, off, yes and on as true or false)" if isinstance(value, bool) else ""

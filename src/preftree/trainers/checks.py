@@ -7,13 +7,16 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import trl
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 
 from preftree.models.rotary import RotaryLimit
 from preftree.trainers.groups import PAIR_WEIGHTS, SEQUENCES, Layout, laid_out
+from preftree.trainers.templates import check_parts, render
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +24,13 @@ logger = logging.getLogger(__name__)
 ROW = "preftree_row"
 _MESSAGE_FORM = "a list of messages {'role': ..., 'content': ...}"
 PAIR_FIELDS = ("chosen", "rejected")
+# What may hold text or messages.
+TEXT_FIELDS = ("prompt", *PAIR_FIELDS, "reference", "completion")
 IMAGE_COLUMNS = ("image", "images")
 # What a chat template is given beside messages.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+# What rows may not set of how it is called: trainers do, and a template comes with the tokenizer.
+_OF_CALLS = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"tools", "documents", "kwargs"}
 
 
 def source_of(dataset: Dataset | IterableDataset, name: str) -> str:
@@ -143,6 +150,11 @@ def _check_template_columns(example: Mapping[str, Any], where: str) -> None:
     if "chat_template_kwargs" in example and not isinstance(example["chat_template_kwargs"], Mapping):
         kind = type(example["chat_template_kwargs"]).__name__
         raise ValueError(f"{where}, field 'chat_template_kwargs': must be an object in every row, not {kind}")
+    if refused := sorted(_OF_CALLS.intersection(example.get("chat_template_kwargs", ()))):
+        raise ValueError(
+            f"{where}, field 'chat_template_kwargs': {refused[0]!r} is no variable of a template: leave it out (the template "
+            "itself belongs to the tokenizer)"
+        )
 
 
 def scores_of(example: Mapping[str, Any], where: str, ties: str = "error") -> list[float]:
@@ -368,7 +380,7 @@ class ExampleCheck:
 def check_raw(
     dataset: Dataset | IterableDataset,
     source: str,
-    chat_template: bool,
+    processing_class: Any,
     fields: Sequence[str] = PAIR_FIELDS,
     ties: str = "error",
     extracts_prompt: bool = True,
@@ -376,20 +388,29 @@ def check_raw(
     """The data set as it stands in the data, checked; its rows numbered in a column. A stream is checked as it comes.
 
     Args:
+        processing_class: whose chat template is to take chats; of a stream it is tried for each row.
         extracts_prompt: whether the prompt of data without such a column is what fields have in common.
 
     Raises:
         ValueError: naming row and field.
     """
 
+    chat_template = getattr(processing_class, "chat_template", None) is not None
+    stream = isinstance(dataset, IterableDataset)
+
     def checked(example: dict[str, Any], index: int) -> dict[str, Any]:
         where = f"{source}, row {index}"
         check_example(example, where, chat_template, fields, ties)
         if extracts_prompt and "prompt" not in example:
             _check_extracted_prompt(example, where, fields)
+        completions = {f"completions[{index}]": value for index, value in enumerate(example.get("completions") or ())}
+        given, names = {**example, **completions}, (*fields, *completions)
+        check_parts(given, where, names, processing_class)
+        if stream:
+            render(given, where, names, processing_class)
         return example
 
-    if isinstance(dataset, IterableDataset):
+    if stream:
         return dataset.map(checked, with_indices=True)
     for index, example in enumerate(dataset):
         checked(example, index)

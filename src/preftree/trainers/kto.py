@@ -89,8 +89,7 @@ class KTOTrainer(ReferencedTrainer, trl.KTOTrainer):
     def _raw(self, dataset, processing_class, args, dataset_name):
         source, columns = source_of(dataset, dataset_name), columns_of(dataset)
         fields, paired = self.text_fields(columns, source), "chosen" in columns
-        chat_template = getattr(processing_class, "chat_template", None) is not None
-        checked = check_raw(dataset, source, chat_template, fields)
+        checked = check_raw(dataset, source, processing_class, fields)
         if not paired and isinstance(checked, Dataset):
             _check_labels(checked, source)
         if not args.keep_prompts_together:

@@ -83,8 +83,10 @@ class LikelihoodTrainer(TreeTrainer):
         if not self._user_collator:
             # Cut later, so that what is cut can be told: TRL would cut in silence, down to completions without a token.
             args.max_length = sys.maxsize
+        raw = {source: given[name] for name, (source, _) in prepared.items()}
         try:
-            super()._construct(given)
+            with self._rows_named(raw, processing_class):
+                super()._construct(given)
         finally:
             args.max_length = max_length
         self.max_length = max_length

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import ProcessorMixin, Trainer
-from trl import maybe_apply_chat_template
 
 from preftree.models.rotary import RotaryLimit
 from preftree.trainers.checks import (
     IMAGE_COLUMNS,
     PAIR_FIELDS,
     ROW,
+    TEXT_FIELDS,
     ExampleCheck,
     check_columns,
     check_example,
@@ -28,16 +28,7 @@ from preftree.trainers.checks import (
 from preftree.trainers.groups import Layout
 from preftree.trainers.image_checks import with_images
 from preftree.trainers.ranked import flatten, regroup
-
-
-def _refused_by_template(dataset: Any, tokenizer: Any, source: str) -> str:
-    """The first row that a chat template raises an error for."""
-    for row, example in enumerate(dataset):
-        try:
-            maybe_apply_chat_template(example, tokenizer)
-        except TemplateError:
-            return f"{source}, row {row}"
-    return source
+from preftree.trainers.templates import refused_row
 
 
 class DataPreparation(Trainer):
@@ -105,12 +96,8 @@ class DataPreparation(Trainer):
         unlimited.max_length = None
         raw = self._raw(dataset, processing_class, args, dataset_name)
         source = source_of(dataset, dataset_name)
-        try:
+        with self._rows_named({source: raw}, processing_class):
             tokenised = super()._prepare_dataset(raw, processing_class, unlimited, dataset_name)
-        except TemplateError as error:
-            raise ValueError(
-                f"{_refused_by_template(raw, processing_class, source)}: the chat template: {error}"
-            ) from error
         return self._checked(tokenised, args, source, "completions" in columns_of(dataset))
 
     def _with_images(self, dataset, processing_class, args, dataset_name):
@@ -126,15 +113,29 @@ class DataPreparation(Trainer):
         self._has_images = True
         return with_images(dataset, source, lambda example, where: check_example(example, where, chat_template, fields))
 
+    @contextlib.contextmanager
+    def _rows_named(self, datasets: Mapping[str, Any], processing_class: Any) -> Iterator[None]:
+        """Within it, what a chat template raises for a row of these data sets is a `ValueError` that names source and row."""
+        try:
+            yield
+        except Exception as error:
+            for source, dataset in datasets.items():
+                if not isinstance(dataset, Dataset):  # a stream's rows are tried when they are checked
+                    continue
+                fields = [name for name in columns_of(dataset) if name in TEXT_FIELDS and name != "prompt"]
+                if found := refused_row(dataset, fields, processing_class, error):
+                    row = found[1].get(ROW, found[0])
+                    raise ValueError(f"{source}, row {row}: the chat template: {error}") from error
+            raise
+
     def _raw(self, dataset, processing_class, args, dataset_name):
         """The data set checked, in the form that TRL tokenises."""
         source = source_of(dataset, dataset_name)
         columns = columns_of(dataset)
-        chat_template = getattr(processing_class, "chat_template", None) is not None
         ties = getattr(args, "ties", "error")
         check_numbers(dataset, self.columns, source)
         fields = self.text_fields(columns, source)
-        dataset = check_raw(dataset, source, chat_template, fields, ties, self.extracts_prompt)
+        dataset = check_raw(dataset, source, processing_class, fields, ties, self.extracts_prompt)
         return flatten(dataset, ties) if "completions" in columns else dataset
 
     def _checked(self, dataset, args, source: str, ranked: bool):
