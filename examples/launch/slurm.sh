@@ -12,7 +12,8 @@
 # With --enable_jit_checkpoint true the signal comes in time for a checkpoint; --resume_from_checkpoint true goes on from it.
 #SBATCH --signal=TERM@300
 set -euo pipefail
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*}
 exec srun torchrun \
   --nnodes="$SLURM_NNODES" --nproc_per_node="${PROCESSES:-gpu}" \
   --rdzv_backend=c10d --rdzv_endpoint="$first:${PORT:-29500}" --rdzv_id="$SLURM_JOB_ID" \
