@@ -112,3 +112,37 @@ def test_ranks_stop_after_the_same_step():
     assert control.should_save
     assert control.should_training_stop
     assert interrupt.asked
+
+
+LEAVES = """
+import sys, time
+from pathlib import Path
+from preftree import cli
+
+write = cli.report.write_report
+
+def write_late(folder, *rest):
+    time.sleep(2)
+    return write(folder, *rest)
+
+cli.report.write_report = write_late
+code = cli.main(sys.argv[1:])
+print("LEFT", code, (Path(sys.argv[-1]) / "report.md").is_file(), flush=True)
+"""
+
+
+def test_processes_leave_when_all_is_written(recipe, tmp_path):
+    """One that aborts at its end (gloo's threads do that now and then) would have the launcher end the one that writes."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "leaves.py"), "dpo", "--config", str(recipe), "--per_device_train_batch_size", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "out")],
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.count("LEFT 0 True") == 2, done.stdout[-500:] + done.stderr[-2000:]

@@ -246,6 +246,8 @@ def run(command: str, argv: Sequence[str]) -> Any:
             Path(str(args.output_dir)), trainer.state.log_history, trainer.computed, settings, seconds
         )
         print(f"model and tokenizer saved to {args.output_dir}; report: {path}")
+    # A launcher ends all processes when one of them fails, be it at its very end.
+    trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     return trainer
