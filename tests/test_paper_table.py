@@ -100,7 +100,7 @@ def test_projection(monkeypatch, capsys):
 
     def case_of(name, gpus):
         # TRL's ranks take pairs as they come, of 8 (32 a step) one has four long ones; by cost all have one.
-        long, short = (200, 100, 100), (20, 10, 10)
+        long, short = (100, 150, 150), (20, 10, 10)
         rest = (gpus - 1) * 4
         return Case(name, (((*[long] * 4, *[short] * rest) if gpus > 2 else (short,) * 8,)))
 
@@ -112,8 +112,8 @@ def test_projection(monkeypatch, capsys):
     rows = [each for side, rate in sides for each in (row(side, 1, rate), row(side, 2, 0.9 * rate, 0.9))]
     cost = ModelCost(per_token=1.0, per_scored=0.0, per_pair=0.0)
     theirs, ours = project([*rows, row("packed", 1, 3.0)], ["a"], case_of, 4, cost)  # packed: not on two
-    # TRL, by tokens: its first rank has 4 * 600, the others 4 * 60.
-    waits = 1 - (2400 + 3 * 240) / 4 / 2400
+    # TRL, by tokens, each sequence by itself: its first rank has 4 * 500, the others 4 * 60.
+    waits = 1 - (2000 + 3 * 240) / 4 / 2000
     share = (1 - waits) / (1 + 0.1 / 0.9 * 1.5)
     assert (theirs["side"], theirs["engine"]) == ("trl", "projection")
     assert theirs["pairs_per_s"] == pytest.approx(share * 4 * 2.0)
