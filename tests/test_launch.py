@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -146,3 +147,36 @@ def test_processes_leave_when_all_is_written(recipe, tmp_path):
         check=False,
     )
     assert done.stdout.count("LEFT 0 True") == 2, done.stdout[-500:] + done.stderr[-2000:]
+
+
+ENDS = """
+import atexit, os, sys, threading, time
+from preftree import __main__, cli
+
+class Late:
+    def __del__(self, abort=os.abort):
+        abort()
+
+def command(name, arguments):
+    atexit.register(print, "then exit functions")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("threads first"))).start()
+    return int(arguments[0])
+
+late = Late()
+cli.COMMANDS["plan"] = command
+__main__.start()
+"""
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_process_of_several_ends_before_its_interpreter(status, tmp_path):
+    """What gloo's threads do while the interpreter is taken apart, an object of the script's does here each time."""
+    (tmp_path / "ends.py").write_text(ENDS)
+    command = [sys.executable, str(tmp_path / "ends.py"), "plan", str(status)]
+    ends = {}
+    for ranks in (1, 2):
+        environment = os.environ | {"WORLD_SIZE": str(ranks)}
+        done = subprocess.run(command, env=environment, timeout=100, capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines() == ["threads first", "then exit functions"]
+        ends[ranks] = done.returncode
+    assert ends == {1: -signal.SIGABRT, 2: status}
