@@ -36,7 +36,7 @@ def test_exact_families(family):
     found = families.examine(family, KNOWN[family])
     assert found.status == "exact", found
     assert (found.along_paths, found.mixing) == EXACT[family]
-    assert 0 < found.logps <= 1e-5
+    assert found.logps <= 1e-5  # (to the last bit on some processors)
     assert 0 < found.gradients <= (1e-5 if found.rounding is None else 10 * found.rounding)
 
 

@@ -95,34 +95,27 @@ def test_what_no_template_raised_stays_as_it_is(model_path, tmp_path, monkeypatc
         make(model_path, chat_pairs(4), tmp_path)
 
 
-def in_parts(rows, row, names=("chosen",)):
-    """Rows of which one's messages are lists of parts, two of each."""
-    made = [dict(each) for each in rows]
-    for name in names:
-        made[row][name] = [
-            {
-                "role": message["role"],
-                "content": [{"type": "text", "text": text} for text in (message["content"], " the old dog")],
-            }
-            for message in made[row][name]
-        ]
-    return made
+def in_parts(rows, names=("chosen",)):
+    """Rows whose messages are lists of parts, two of each."""
+
+    def parts(message):
+        return message | {"content": [{"type": "text", "text": text} for text in (message["content"], " the old dog")]}
+
+    return [row | {name: [parts(message) for message in row[name]] for name in names} for row in rows]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, LEAVES_PARTS_OUT], ids=["as-it-is", "left-out"])
 def test_parts_that_a_template_does_not_write_out(model_path, tmp_path, template, stream):
     # (Arrow holds one kind of content: all rows' answers are in parts.)
-    rows = chat_pairs(3)
-    for row in range(3):
-        rows = in_parts(rows, row)
+    rows = in_parts(chat_pairs(3))
     message = "train dataset, row 0, field 'chosen', message 0, part 0: the chat template does not write out the text"
     with pytest.raises(ValueError, match=message):
         make(model_path, rows, tmp_path, template, stream=stream).train()
 
 
 def test_parts_of_lists_and_of_unpaired_answers(model_path, tmp_path):
-    pairs = in_parts(chat_pairs(1), 0, ("chosen", "rejected"))
+    pairs = in_parts(chat_pairs(1), ("chosen", "rejected"))
     ranked = [
         {"prompt": pairs[0]["prompt"], "completions": [pairs[0]["chosen"], pairs[0]["rejected"]], "scores": [2, 1]}
     ]
@@ -133,9 +126,9 @@ def test_parts_of_lists_and_of_unpaired_answers(model_path, tmp_path):
 
 
 def test_parts_that_a_template_writes_out(model_path, tmp_path):
-    rows, parts = chat_pairs(3), chat_pairs(3)
+    rows = chat_pairs(3)
+    parts = in_parts(rows, ("chosen", "rejected"))
     for row in range(3):
-        parts = in_parts(parts, row, ("chosen", "rejected"))
         for name in ("chosen", "rejected"):
             (message,) = rows[row][name]
             rows[row][name] = [message | {"content": message["content"] + " the old dog"}]

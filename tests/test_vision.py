@@ -116,9 +116,10 @@ def test_exact(family, device, monkeypatch):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "idefics3"])
 @pytest.mark.parametrize("settings", [{"row_length": 150}, {"share_prefixes": False}, {"backend": "dense"}], ids=str)
 def test_exact_in_several_rows_unshared_and_by_the_specification(family, settings):
+    # (In float64 but for log-probs: in float32 gradients of the stock model itself are 1.4e-5 off on some processors.)
     processor, model = build(family, seed=1)
     examples = EXAMPLES[1:] if "row_length" in settings else EXAMPLES
-    assert max(differences(model, processor, examples, **settings)) <= 1e-5
+    assert max(differences(model.double(), processor, examples, **settings)) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava"])

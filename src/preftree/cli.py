@@ -23,7 +23,7 @@ from preftree import data, families, plan, recipe, report
 from preftree.callbacks import Interrupt, Progress
 from preftree.packing import pack
 from preftree.plot import draw_lengths, lengths_as_text
-from preftree.trainers.checks import IMAGE_COLUMNS, columns_of
+from preftree.trainers.columns import IMAGE_COLUMNS, columns_of
 from preftree.trainers.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig, TPOConfig
 from preftree.trainers.cpo import CPOTrainer
 from preftree.trainers.dpo import DPOTrainer

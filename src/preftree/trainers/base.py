@@ -26,8 +26,8 @@ from preftree.objectives import load_balancing
 from preftree.packing import FEW_LENGTHS, MANY_LENGTHS, PackedRow, empty_row
 from preftree.trainers.balance import costs_of, share_out
 from preftree.trainers.checkpoints import KeepsCheckpoints
-from preftree.trainers.checks import IMAGE_COLUMNS, ROW, TEMPLATE_COLUMNS
 from preftree.trainers.collator import TreeBatch, TreeCollator
+from preftree.trainers.columns import IMAGE_COLUMNS, ROW, TEMPLATE_COLUMNS
 from preftree.trainers.config import upgrade
 from preftree.trainers.garbage import ObjectsKept
 from preftree.trainers.given_model import check_weights, config_of, vocabulary_of

@@ -10,7 +10,7 @@ import datasets
 from datasets import Dataset, Image, IterableDataset
 from pyarrow import ArrowException
 
-from preftree.trainers.checks import IMAGE_COLUMNS, PAIR_FIELDS, ROW, columns_of
+from preftree.trainers.columns import IMAGE_COLUMNS, PAIR_FIELDS, ROW, columns_of
 
 
 def with_images(dataset: Dataset | IterableDataset, source: str, check: Callable[..., Any]) -> Any:

@@ -15,8 +15,9 @@ from datasets import Dataset, IterableDataset
 from preftree.logprobs import sequence_logps
 from preftree.objectives import KTO_LOSSES, KTOOptions, kl_estimate
 from preftree.packing import PackedRow
-from preftree.trainers.checks import PAIR_FIELDS, ROW, check_columns, check_raw, columns_of, source_of
+from preftree.trainers.checks import check_columns, check_raw
 from preftree.trainers.collator import TreeCollator
+from preftree.trainers.columns import PAIR_FIELDS, ROW, columns_of, source_of
 from preftree.trainers.config import KTOConfig
 from preftree.trainers.groups import Layout
 from preftree.trainers.metrics import Metrics, difference_if_any, entropy, mean_of_ranks, ratio_if_any

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from trl.trainer.utils import get_config_model_id
 
 from preftree.trainers.base import TreeTrainer
-from preftree.trainers.checks import columns_of, source_of
+from preftree.trainers.columns import columns_of, source_of
 from preftree.trainers.groups import Layout
 from preftree.trainers.metrics import Metrics, logit_metrics, mean_of_ranks, pair_metrics
 from preftree.trainers.step import MicroBatch, mean_nll

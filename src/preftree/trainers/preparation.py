@@ -11,24 +11,13 @@ from datasets import Dataset
 from transformers import ProcessorMixin, Trainer
 
 from preftree.models.rotary import RotaryLimit
-from preftree.trainers.checks import (
-    IMAGE_COLUMNS,
-    PAIR_FIELDS,
-    ROW,
-    TEXT_FIELDS,
-    ExampleCheck,
-    check_columns,
-    check_example,
-    check_numbers,
-    check_raw,
-    check_tokenised,
-    columns_of,
-    source_of,
-)
+from preftree.trainers.checks import check_columns, check_example, check_numbers, check_raw
+from preftree.trainers.columns import IMAGE_COLUMNS, PAIR_FIELDS, ROW, TEXT_FIELDS, columns_of, source_of
 from preftree.trainers.groups import Layout
 from preftree.trainers.image_checks import with_images
 from preftree.trainers.ranked import flatten, regroup
 from preftree.trainers.templates import refused_row
+from preftree.trainers.token_checks import ExampleCheck, check_tokenised
 
 
 class DataPreparation(Trainer):
@@ -123,8 +112,7 @@ class DataPreparation(Trainer):
                 if not isinstance(dataset, Dataset):  # a stream's rows are tried when they are checked
                     continue
                 fields = [name for name in columns_of(dataset) if name in TEXT_FIELDS and name != "prompt"]
-                if found := refused_row(dataset, fields, processing_class, error):
-                    row = found[1].get(ROW, found[0])
+                if (row := refused_row(dataset, fields, processing_class, error)) is not None:
                     raise ValueError(f"{source}, row {row}: the chat template: {error}") from error
             raise
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from preftree.trainers.checks import ROW, columns_of, pair_weights_of, scores_of
+from preftree.trainers.checks import pair_weights_of, scores_of
+from preftree.trainers.columns import ROW, columns_of
 from preftree.trainers.groups import PAIR_WEIGHTS, PROMPT_LENGTHS, SCORES, SEQUENCES, Layout
 
 # Of the example that a pair is a part of: how many completions it has, their scores, the user's own pairs.

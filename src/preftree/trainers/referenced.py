@@ -23,7 +23,7 @@ from preftree.models.prepared import below_peft
 from preftree.packing import PackedRow
 from preftree.trainers import reference
 from preftree.trainers.base import TreeTrainer
-from preftree.trainers.checks import ROW
+from preftree.trainers.columns import ROW
 from preftree.trainers.groups import RANKED_REFERENCE
 from preftree.trainers.sharded_reference import sharded_by_layers
 from preftree.trainers.step import MicroBatch, weighted_logps

@@ -11,6 +11,8 @@ from transformers import ProcessorMixin
 from trl import maybe_apply_chat_template
 from trl.data_utils import prepare_multimodal_messages
 
+from preftree.trainers.columns import ROW
+
 
 def _rendered(example: Mapping[str, Any], fields: Sequence[str], processing_class: Any) -> list[str]:
     """The text of an example's prompt, if it has one, and of each of these fields behind it, as TRL asks for them.
@@ -45,8 +47,8 @@ def render(example: Mapping[str, Any], where: str, fields: Sequence[str], proces
 
 def refused_row(
     dataset: Iterable[Mapping[str, Any]], fields: Sequence[str], processing_class: Any, error: Exception
-) -> tuple[int, Mapping[str, Any]] | None:
-    """The first row, by number and content, for which the chat template raises this error; None if none of it has."""
+) -> int | None:
+    """The first row for which the chat template raises this error, by its number in the user's data; None if there is none."""
     if "apply_chat_template" not in "".join(traceback.format_exception(error)):  # (also of another process)
         return None
     for row, example in enumerate(dataset):
@@ -55,7 +57,7 @@ def refused_row(
             maybe_apply_chat_template(dict(example), processing_class)
         except Exception as found:
             if type(found) is type(error):
-                return row, example
+                return example.get(ROW, row)
     return None
 
 

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from preftree.images import PromptImages
-from preftree.trainers.checks import IMAGE_COLUMNS, ROW
+from preftree.trainers.columns import IMAGE_COLUMNS, ROW
 from preftree.trainers.groups import Group, Layout, truncate
 
 # Of TRL's padded batch, what is no input of images.
