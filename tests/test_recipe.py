@@ -67,6 +67,18 @@ def test_recipes_that_are_right():
         ("beta: 0.1\nbeta: 0.2", "not a recipe in plain YAML: 'beta' is there twice"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}", "not a recipe in plain YAML: 'a' is there twice"),
         (f"run_name: {'[' * 5000}", "lists or mappings in each other, too many to read"),
+        ("accelerator_config: {x: 1}", "option 'accelerator_config' cannot be {'x': 1}: TypeError"),
+        ("accelerator_config: gone.json", "option 'accelerator_config' cannot be 'gone.json': [Errno 2]"),
+        ("lr_scheduler_kwargs: 'a=1'", "option 'lr_scheduler_kwargs' cannot be 'a=1': it must be a mapping"),
+        (
+            "parallelism_config: {tp_size: 2}",
+            "option 'parallelism_config' is {'tp_size': 2} (dict): it must be left to",
+        ),
+        ("log_level: x", "option 'log_level' cannot be 'x': choose from detail, debug"),
+        ("hub_strategy: x", "option 'hub_strategy' cannot be 'x': x is not a valid HubStrategy"),
+        ("beta: 0.2\ntorch_compile_backend: x\nseed: 3", "option 'torch_compile_backend' cannot be 'x': choose from"),
+        ("learning_rates: 1", "there is no option 'learning_rates'"),
+        ("env: 3", "option 'env' must be a mapping, not 3"),
     ],
 )
 def test_what_is_wrong_is_named(line, message, tmp_path, capsys):
@@ -74,6 +86,70 @@ def test_what_is_wrong_is_named(line, message, tmp_path, capsys):
     path.write_text(f"{line}\nuse_cpu: true\n" + ("" if line.startswith("bf16") else "bf16: false\n"))
     assert cli.main(["dpo", "--config", str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--accelerator_config", "a.json", "--beta", "0.2"],
+            "option 'accelerator_config' cannot be 'a.json': [Errno 2]",
+        ),
+        (["--beta", "0.2", "--accelerator_config=a.json"], "option 'accelerator_config' cannot be 'a.json': [Errno 2]"),
+        (["--optim_args", "x"], "option 'optim_args' cannot be 'x': 'x' is not of the form name=value"),
+        (["--beta", "0.2", "--config"], "--config: give the path of a recipe"),
+    ],
+)
+def test_flags_that_are_wrong_are_named(flags, message, capsys):
+    assert cli.main(["dpo", "--use_cpu", "true", "--bf16", "false", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_two_wrong_options_are_named_one_by_one(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("hub_strategy: x\nlog_level: y\nuse_cpu: true\nbf16: false\n")
+    assert cli.main(["dpo", "--config", str(path)]) == 2
+    first = capsys.readouterr().err
+    path.write_text(path.read_text().replace("log_level: y\n" if "'log_level'" in first else "hub_strategy: x\n", ""))
+    assert cli.main(["dpo", "--config", str(path)]) == 2
+    second = capsys.readouterr().err
+    assert {"log_level", "hub_strategy"} == {text.partition("'")[2].partition("'")[0] for text in (first, second)}
+
+
+SETTINGS = {
+    "optim_args": ({"optim_args": "a=1,b"}, "'b' is not of the form name=value"),
+    "lr_scheduler_kwargs": ({"lr_scheduler_kwargs": {"x": 1}}, "unexpected keyword argument 'x'"),
+    "gradient_checkpointing_kwargs": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"reentrant": False}},
+        "'reentrant' is none of .*use_reentrant",
+    ),
+    "torch_compile_mode": ({"torch_compile_mode": "best"}, "choose from default"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_would_end_a_run_later_is_named_now(name):
+    settings, why = SETTINGS[name]
+    common = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
+    with pytest.raises(ValueError, match=f"^option '{name}' cannot be .*{why}"):
+        DPOConfig(**common, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim_args": "a=1, b=2"},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 50}},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-9}},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 3}, "eval_strategy": "steps"},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"torch_compile_mode": "max-autotune", "torch_compile_backend": "inductor"},
+    ],
+    ids=str,
+)
+def test_settings_that_training_takes(settings):
+    DPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **settings)
 
 
 @pytest.mark.parametrize(("text", "what"), [("- 1\n- 2\n", "[1, 2] (list)"), ("", "empty"), ("dpo", "'dpo' (str)")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import pickle
 import sys
 import time
@@ -101,10 +102,28 @@ class PlanArguments(TemplateArguments):
 
 def _parse(command: str, script: type[Any], method: Method, argv: Sequence[str]) -> Any:
     kinds: Any = (script, method.config, trl.ModelConfig, trl.DatasetMixtureConfig)
-    parser = trl.TrlParser(kinds, prog=f"preftree {command}")
-    parser.set_defaults(**method.defaults)
-    recipe.check(recipe.read(argv), kinds)
-    return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    options, flags = recipe.read(argv)
+    recipe.check(options, kinds)
+    environment = options.pop("env", {})
+    if not isinstance(environment, dict):
+        raise ValueError(f"option 'env' must be a mapping, not {environment!r}")
+    os.environ.update({str(name): str(value) for name, value in environment.items()})
+
+    def parse(options: dict[str, Any], flags: list[str]) -> Any:
+        parser = trl.TrlParser(kinds, prog=f"preftree {command}")
+        parser.set_defaults(**method.defaults)
+        if unknown := parser.set_defaults_with_config(**options):
+            raise ValueError(
+                f"there is no option {unknown[0].removeprefix('--')!r} (preftree {command} --help lists them)"
+            )
+        return parser.parse_args_into_dataclasses(args=flags)
+
+    try:
+        return parse(options, flags)
+    except Exception as error:
+        if (found := recipe.blamed(error, parse, options, flags)) is error:
+            raise
+        raise found from error
 
 
 def _load_datasets(script: Any, args: Any, mixture: Any, chat_template: bool, method: Method) -> tuple[Any, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from accelerate.parallelism_config import ParallelismConfig
 
 # Of type text, and true or false all the same.
 _TRUE_TOO = ("resume_from_checkpoint",)
@@ -18,21 +20,22 @@ _TRUE_TOO = ("resume_from_checkpoint",)
 _TRUTH = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 
 
-def read(argv: Sequence[str]) -> dict[str, Any]:
-    """The options of the recipe that arguments name, or none.
+def read(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The options of the recipe that arguments name by ``--config``, none without one; and the other arguments.
 
     Raises:
         ValueError: for a file that is no recipe in plain YAML.
         OSError: for one that cannot be read.
     """
-    path = None
-    for number, argument in enumerate(argv):
-        if argument == "--config" and number + 1 < len(argv):
-            path = argv[number + 1]
-        elif argument.startswith("--config="):
-            path = argument.partition("=")[2]
+    path, flags, given = None, [], iter(argv)
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            flags.append(argument)
+        elif (path := value if equals else next(given, None)) is None:
+            raise ValueError("--config: give the path of a recipe")
     if path is None:
-        return {}
+        return {}, flags
     try:
         found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -43,7 +46,7 @@ def read(argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"--config: {path} must hold options, 'name: value' each, not {_described(found)}")
     if names := [name for name in found if not isinstance(name, str)]:
         raise ValueError(f"--config: {path}: the name of an option must be text, not {_described(names[0])}")
-    return found
+    return found, flags
 
 
 class _Loader(yaml.SafeLoader):
@@ -82,6 +85,37 @@ def check(options: Mapping[Any, Any], kinds: Iterable[type[Any]]) -> None:
         raise ValueError(f"option {name!r} is {_described(value)}: it must be {_expected(hints[name])}{hint}")
 
 
+def blamed(
+    error: Exception, parse: Callable[[dict[str, Any], list[str]], Any], options: dict[str, Any], flags: list[str]
+) -> Exception:
+    """What to raise in place of an error of ``parse(options, flags)``: a `ValueError` that names the option it is about.
+
+    That is one without which there is no such error. If there is none, or a `ValueError` names it: the error itself.
+    """
+    names = [name for name, *_ in _each_left_out(options, flags)]
+    if isinstance(error, ValueError) and any(name in str(error) for name in names):
+        return error
+    why = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+    for name, value, fewer, rest in _each_left_out(options, flags):
+        try:
+            parse(fewer, rest)
+        except (Exception, SystemExit) as other:
+            if (type(other), str(other)) == (type(error), str(error)):
+                continue
+        return ValueError(f"option {name!r} cannot be {value!r}: {why}")
+    return error
+
+
+def _each_left_out(options: dict[str, Any], flags: list[str]) -> Iterator[tuple[str, Any, dict[str, Any], list[str]]]:
+    """Each option's name and value, and what is given beside it."""
+    for name, value in options.items():
+        yield name, value, {other: options[other] for other in options if other != name}, flags
+    starts = [place for place, flag in enumerate(flags) if flag.startswith("--")]
+    for start, end in pairwise([*starts, len(flags)]):
+        name, equals, value = flags[start].lstrip("-").partition("=")
+        yield name, value if equals else " ".join(flags[start + 1 : end]), options, flags[:start] + flags[end:]
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value read from YAML can be what a hint says; text is read as argparse reads it."""
     origin, inner = get_origin(hint), get_args(hint)
@@ -105,7 +139,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (dict, str))
     if kind is str or (isinstance(kind, type) and issubclass(kind, Enum)):
         return isinstance(value, (str, Enum))
-    return True
+    return kind is not ParallelismConfig
 
 
 def _is_number(value: Any, kind: type) -> bool:
@@ -128,6 +162,7 @@ def _expected(hint: Any) -> str:
     if origin in (list, tuple, set):
         return f"a list of {_expected(inner[0])}" if inner else "a list"
     names = {type(None): "empty", bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping"}
+    names[ParallelismConfig] = "left to `accelerate launch`"
     return names.get(origin or hint, "text")
 
 

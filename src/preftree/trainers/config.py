@@ -26,6 +26,7 @@ from preftree.objectives import (
     TPO_LOSSES,
 )
 from preftree.trainers.groups import WEIGHTINGS
+from preftree.trainers.options import check_options
 
 OVERLONG = ("truncate", "drop", "error")
 # The list objective: not a loss of TRL's, and none of pairs.
@@ -95,6 +96,7 @@ class TreeArguments:
         if isinstance(self.row_length, int) and self.row_length < 1:
             raise ValueError(f"row_length must be positive, got {self.row_length}")
         own: Any = self
+        check_options(own)
         for name in ("gradient_accumulation_steps", "dataset_num_proc"):
             if (count := getattr(own, name, None)) is not None and count < 1:
                 raise ValueError(f"{name} must be positive, got {count}")
