@@ -137,7 +137,7 @@ def test_questions_about_one_image_share_it(family, monkeypatch):
         pair(5, [(20, 20)], question, "the tree", "the tree .") for question in ("a bird ?", "a cat", "a bird ? red")
     ]
     assert len(collator(processor, model)(examples)["rows"][0].images.sets) == 1
-    assert max(differences(model, processor, examples)) <= 1e-5
+    assert max(differences(model.double(), processor, examples)) <= 1e-5  # (float32: as above)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -89,15 +89,17 @@ def differences(one, other, except_for: tuple[str, ...] = ()) -> tuple[float, fl
     """Largest difference of any logged metric (relative above 1), and of any parameter relative to its largest entry.
 
     Takes trainers or what `end_of` gives; fails if the two have not logged the same metrics at the same steps. Metrics whose
-    name holds one of ``except_for`` are not compared.
+    name holds one of ``except_for`` are not compared, nor is the share of rewards that are above others (a metric of signs)
+    while the policy is the reference and rewards are what rounding leaves of zero.
     """
     one, other = (run if isinstance(run, dict) else end_of(run) for run in (one, other))
     metrics = 0.0
     assert len(one["history"]) == len(other["history"])
     for left, right in zip(one["history"], other["history"], strict=True):
         assert set(left) == set(right), set(left) ^ set(right)
+        left_out = (*_TIMES, *except_for, *_signs_of_rounding(left, right))
         for name, value in left.items():
-            if not any(part in name for part in (*_TIMES, *except_for)):
+            if not any(part in name for part in left_out):
                 metrics = max(metrics, abs(value - right[name]) / max(1.0, abs(value)))
     assert one["weights"].keys() == other["weights"].keys()
     parameters = 0.0
@@ -105,6 +107,14 @@ def differences(one, other, except_for: tuple[str, ...] = ()) -> tuple[float, fl
         largest = left.abs().max().clamp(min=1e-12)
         parameters = max(parameters, ((left - other["weights"][name]).abs().max() / largest).item())
     return metrics, parameters
+
+
+def _signs_of_rounding(*entries) -> tuple[str, ...]:
+    for prefix in ("", "eval_"):
+        rewards = [abs(entry.get(f"{prefix}rewards/{of}", 1.0)) for entry in entries for of in ("chosen", "rejected")]
+        if max(rewards) < 1e-6:
+            return (f"{prefix}rewards/accuracies",)
+    return ()
 
 
 def losses(trainer) -> torch.Tensor:
