@@ -1,6 +1,7 @@
 """Recipes: options of other kinds than they can be are refused by name, before anything is made."""
 
 import dataclasses
+import os
 
 import fuzz
 import pytest
@@ -114,6 +115,15 @@ def test_two_wrong_options_are_named_one_by_one(tmp_path, capsys):
     assert cli.main(["dpo", "--config", str(path)]) == 2
     second = capsys.readouterr().err
     assert {"log_level", "hub_strategy"} == {text.partition("'")[2].partition("'")[0] for text in (first, second)}
+
+
+def test_variables_of_the_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PREFTREE_OF_A_TEST", "before")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("env: {PREFTREE_OF_A_TEST: 5}\nuse_cpu: true\nbf16: false\n")
+    assert cli.main(["dpo", "--config", str(path)]) == 2
+    assert "no model: give --model_name_or_path" in capsys.readouterr().err
+    assert os.environ["PREFTREE_OF_A_TEST"] == "5"
 
 
 SETTINGS = {
