@@ -36,7 +36,8 @@ def test_exact_families(family):
     found = families.examine(family, KNOWN[family])
     assert found.status == "exact", found
     assert (found.along_paths, found.mixing) == EXACT[family]
-    assert found.logps <= 1e-5  # (to the last bit on some processors)
+    # (These are the same to the last bit on some processors; that they are compared, the test of what is wrong shows.)
+    assert 0 < found.logps <= 1e-5 or (family in ("llama", "gemma2") and found.logps == 0)
     assert 0 < found.gradients <= (1e-5 if found.rounding is None else 10 * found.rounding)
 
 

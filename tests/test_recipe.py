@@ -155,6 +155,7 @@ def test_what_would_end_a_run_later_is_named_now(name):
         {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 3}, "eval_strategy": "steps"},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"torch_compile_mode": "max-autotune", "torch_compile_backend": "inductor"},
+        {"learning_rate": 0.0, "lr_scheduler_kwargs": None},
     ],
     ids=str,
 )

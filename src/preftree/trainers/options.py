@@ -21,55 +21,54 @@ _OF_CHECKPOINTS = {"preserve_rng_state", "every_n_layers"}
 def check_options(args: Any) -> None:
     """Raise `ValueError` naming an option of transformers' `TrainingArguments` that no training could begin with."""
     for name, check in _CHECKS.items():
+        given = getattr(args, name)
         try:
-            check(args)
+            check(given, args)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"option {name!r} cannot be {getattr(args, name)!r}: {error}") from error
+            raise ValueError(f"option {name!r} cannot be {given!r}: {error}") from error
 
 
-def _check_optim_args(args: Any) -> None:
-    for part in (args.optim_args or "").replace(" ", "").split(","):
+def _check_optim_args(given: Any, args: Any) -> None:
+    for part in (given or "").replace(" ", "").split(","):
         if part and part.count("=") != 1:
             raise ValueError(f"{part!r} is not of the form name=value")
 
 
-def _check_scheduler(args: Any) -> None:
-    settings = args.lr_scheduler_kwargs or {}
-    if not isinstance(settings, dict):
+def _as_mapping(given: Any) -> dict[str, Any]:
+    if not isinstance(given or {}, dict):
         raise ValueError("it must be a mapping")
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-    with contextlib.suppress(ValueError):  # which may be about numbers of steps, not known yet
-        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=dict(settings))
+    return dict(given or {})
 
 
-def _check_checkpoints(args: Any) -> None:
-    settings = args.gradient_checkpointing_kwargs or {}
-    if not isinstance(settings, dict):
-        raise ValueError("it must be a mapping")
+def _check_scheduler(given: Any, args: Any) -> None:
+    settings = _as_mapping(given)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with contextlib.suppress(ValueError):  # which may be about rates, or numbers of steps, not known yet
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=settings)
+
+
+def _check_checkpoints(given: Any, args: Any) -> None:
+    settings = _as_mapping(given)
     known = set(signature(checkpoint).parameters) - {"function", "args", "kwargs"} | _OF_CHECKPOINTS
     if args.gradient_checkpointing and (unknown := sorted(set(settings) - known)):
         raise ValueError(f"{unknown[0]!r} is none of {', '.join(sorted(known))}")
 
 
-def _one_of(name: str, known: Callable[[], Iterable[str]], read: Callable[[str], str] = str) -> Callable[[Any], None]:
-    def check(args: Any) -> None:
-        given = getattr(args, name)
+def _one_of(known: Callable[[], Iterable[str]], read: Callable[[str], str] = str) -> Callable[[Any, Any], None]:
+    def check(given: Any, args: Any) -> None:
         if given is not None and read(given) not in (names := list(known())):
             raise ValueError(f"choose from {', '.join(names)}")
 
     return check
 
 
-def _log_levels() -> list[str]:
-    return [*get_log_levels_dict(), "passive"]
-
-
-_CHECKS: dict[str, Callable[[Any], None]] = {
+_log_level = _one_of(lambda: [*get_log_levels_dict(), "passive"])
+_CHECKS: dict[str, Callable[[Any, Any], None]] = {
     "optim_args": _check_optim_args,
     "lr_scheduler_kwargs": _check_scheduler,
     "gradient_checkpointing_kwargs": _check_checkpoints,
-    "torch_compile_mode": _one_of("torch_compile_mode", list_mode_options),
-    "torch_compile_backend": _one_of("torch_compile_backend", DynamoBackend.list, str.upper),
-    "log_level": _one_of("log_level", _log_levels),
-    "log_level_replica": _one_of("log_level_replica", _log_levels),
+    "torch_compile_mode": _one_of(list_mode_options),
+    "torch_compile_backend": _one_of(DynamoBackend.list, str.upper),
+    "log_level": _log_level,
+    "log_level_replica": _log_level,
 }
