@@ -31,7 +31,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -42,7 +41,7 @@ from packing import MEDIANS
 from projection import project
 from ranks import waits
 from step import PEAK, SIDES, Case, log_normal, operations, random_examples, shape, tiny_tokenizer
-from tables import library_versions, read, write
+from tables import leave_out_warnings, library_versions, read, write
 
 from preftree.plan import ModelCost
 from preftree.report import versions
@@ -183,7 +182,7 @@ def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     import preftree
     from preftree.trainers.balance import imbalance
 
-    warnings.simplefilter("ignore")
+    leave_out_warnings()
     cuda = not options.cpu
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if cuda:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from step import log_normal, model_and_tokenizer
-from tables import library_versions, write
+from tables import leave_out_warnings, library_versions, write
 
 import preftree
 from preftree.report import versions
@@ -118,7 +117,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-6 if CUDA else 1e-3)
     parser.add_argument("--out", type=Path, help="folder for a CSV")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
+    leave_out_warnings()
     head = f"{options.model}; {versions()}{library_versions()}"
     print(head)
     rows: list[dict[str, Any]] = []

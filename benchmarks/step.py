@@ -29,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -38,7 +37,7 @@ from typing import Any
 import numpy as np
 from cards import heat
 from packing import MEDIANS
-from tables import draw, library_versions, write
+from tables import draw, leave_out_warnings, library_versions, write
 
 ROOT = Path(__file__).parent.parent
 SIDES = ("trl", "packed", "preftree")
@@ -235,7 +234,7 @@ def run_side(
     import preftree
     from preftree.plan import ModelCost
 
-    warnings.simplefilter("ignore")
+    leave_out_warnings()
     cuda = torch.cuda.is_available()
     model, reference, tokenizer = model_and_tokenizer(model_name)
     cost = ModelCost.from_config(model.config)

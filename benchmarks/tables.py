@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import textwrap
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,13 +43,19 @@ def _number(text: str) -> int | float | str:
 def library_versions() -> str:
     """What belongs behind `preftree.report.versions` where kernels are timed."""
     found = ""
-    for package in ("flash-attn-4", "causal-conv1d", "flash-linear-attention", "triton"):
+    for package in ("flash-attn-4", "quack-kernels", "causal-conv1d", "flash-linear-attention", "triton"):
         try:
             found += f", {package} {version(package)}"
         except PackageNotFoundError:
-            if package in ("flash-attn-4", "triton"):  # the others serve hybrid models alone
+            if package in ("flash-attn-4", "quack-kernels", "triton"):  # the others serve hybrid models alone
                 found += f", no {package}"
     return found
+
+
+def leave_out_warnings() -> None:
+    """Of others: preftree's own say that what is timed is not what it should be, kernels that do not load for one."""
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module="preftree")
 
 
 def draw(values: Sequence[tuple[str, str, float]], path: Path, title: str, unit: str) -> None:

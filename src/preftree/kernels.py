@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -20,13 +21,28 @@ def has_triton() -> bool:
 
 @cache
 def kernels_of(module: str) -> Any:
-    """A module of kernels by its full name, or None without Triton or whatever else it imports."""
+    """A module of kernels by its full name, or None without Triton or whatever else it imports.
+
+    A package that is installed and does not load, or is not the one that is needed, is warned of.
+    """
     try:
         return import_module(module)
     except ImportError as error:
         if (error.name or "").startswith("preftree"):
             raise  # no such module here, whatever is installed
+        if not _not_installed(error):
+            warnings.warn(f"without the kernels of {module}, which is slower: {error}", UserWarning, stacklevel=2)
         return None
+
+
+def _not_installed(error: ImportError) -> bool:
+    """Whether a module of ours imports a package that is not there at all."""
+    package = (error.name or "").partition(".")[0]
+    if not package or find_spec(package) is not None:
+        return False
+    places = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [place for place in places if not place.startswith("importlib")]
+    return ours[-1].startswith("preftree")
 
 
 def kernels_for(x: torch.Tensor, module: str) -> Any:

@@ -13,16 +13,15 @@ _NEEDED = {
     gemm_dgated: ("config", "dynamic_scheduler"),
     gemm_tuned.fn: ("C", "config", "concat_layout"),
 }
+for _function, _names in _NEEDED.items():
+    if _missing := [name for name in _names if name not in inspect.signature(_function).parameters]:
+        raise ImportError(f"this quack-kernels lacks {', '.join(_missing)}: preftree needs 0.6.5 or later")
 
 
 def refusal(capability: tuple[int, ...]) -> str | None:
     """Why the kernels do not serve devices of a compute capability, or None."""
     if capability[0] != 9:
         return f"their tiles are chosen for compute capability 9.x, this device has {'.'.join(map(str, capability))}"
-    for function, names in _NEEDED.items():
-        missing = [name for name in names if name not in inspect.signature(function).parameters]
-        if missing:
-            return f"this quack-kernels lacks {', '.join(missing)}: preftree needs 0.6.5 or later"
     return None
 
 
