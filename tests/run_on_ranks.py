@@ -1,12 +1,14 @@
-"""Training runs on each rank of a launcher: `torchrun ... run_on_ranks.py KIND ENGINE RUNS OUT`; rank 0 saves their ends.
+"""Training runs on each rank of a launcher: `torchrun ... run_on_ranks.py RUNS OUT`; rank 0 saves their ends.
 
-ENGINE is "ddp", "fsdp2", "zero1" to "zero3", "tp", or (no launcher) "none". RUNS is JSON, ``{name: settings}``; settings may
-hold variables of the environment, too. Runs are on CPUs, unless settings say otherwise: accelerate, which takes FSDP on
-accelerators, is told that it may shard there.
+RUNS is JSON, ``{name: settings}``. Beside what `trl_runs.train` takes, settings hold the run's "kind" of trainer, its
+"engine" ("ddp", "fsdp2", "zero1" to "zero3", "tp" or, without a launcher, "none") and perhaps variables of the environment.
+Runs are on CPUs, unless settings say otherwise: accelerate, which takes FSDP on accelerators, is told that it may shard
+there.
 """
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -21,6 +23,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from preference_data import dataset, examples, ranked_texts, text_pairs
 from torch.distributed.fsdp import FSDPModule
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl_runs import end_of, train
 from vision_families import build, pair, pairs
@@ -58,7 +61,8 @@ def whole(weight):
     return getattr(weight, "full_tensor", lambda: weight)().detach().cpu().clone()
 
 
-def shard_on_cpus():
+def sharding_on_cpus():
+    """While inside, accelerate shards there."""
     init = AcceleratorState.__init__
 
     def sharding(self, *args, fsdp_plugin=None, **kwargs):
@@ -67,21 +71,19 @@ def shard_on_cpus():
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    AcceleratorState.__init__ = sharding
+    return patch.object(AcceleratorState, "__init__", sharding)
 
 
-def launch(kind, engine, ranks, runs):
-    """Make the runs, and what they left behind, by name; with engine "none" in one process that sees one GPU."""
+def launch(ranks, runs):
+    """Make the runs, and what they left behind, by name; with None for ranks in one process that sees one GPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if engine == "none" else {})
-    if engine.startswith("zero") and all(settings.get("use_cpu", True) for settings in runs.values()):
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if ranks is None else {})
+    if _deepspeed(runs) and all(settings.get("use_cpu", True) for settings in runs.values()):
         environment["DS_ACCELERATOR"] = "cpu"
-    start = [sys.executable] if engine == "none" else launcher
+    start = [sys.executable] if ranks is None else launcher
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "ends.pt")
-        subprocess.run(
-            [*start, __file__, kind, engine, json.dumps(runs), out], check=True, timeout=600, env=environment
-        )
+        subprocess.run([*start, __file__, json.dumps(runs), out], check=True, timeout=600, env=environment)
         return torch.load(out)
 
 
@@ -93,6 +95,10 @@ def launch_once(ends, key, *arguments):
     if ends[key] is None:
         raise RuntimeError(f"the launch of {key} failed, see the first test that wanted it")
     return ends[key]
+
+
+def _deepspeed(runs):
+    return any(settings["engine"].startswith("zero") for settings in runs.values())
 
 
 def run(kind, settings):
@@ -144,45 +150,62 @@ def fused_products():
     torch._dynamo.reset()
 
 
-if __name__ == "__main__":
-    kind, engine, runs, out = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
-    if engine == "fsdp2":
-        os.environ.update(FSDP2)
-        if all(settings.get("use_cpu", True) for settings in runs.values()):
-            shard_on_cpus()
+@contextlib.contextmanager
+def of_engine(engine, settings):
+    """While inside, accelerate takes runs to an engine; gives settings with what that wants of them.
+
+    The environment is what it was afterwards, also where transformers has written into it.
+    """
+    given = FSDP2 if engine == "fsdp2" else {}
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(patch.dict(os.environ, given | settings.pop("environment", {})))
+        if engine == "fsdp2" and settings.get("use_cpu", True):
+            inside.enter_context(sharding_on_cpus())
+        if engine.startswith("zero"):
+            settings = settings | {"deepspeed": zero(int(engine[-1]))}
+        if engine == "tp":
+            split = {"tp_plan": "auto"}
+            settings = settings | {"parallelism_config": ParallelismConfig(tp_size=2), "model_init_kwargs": split}
+        yield settings
     if engine.startswith("zero"):
+        unset_hf_deepspeed_config()
+
+
+def end_on_ranks(kind, engine, settings):
+    """What a run leaves behind on all ranks."""
+    chunks = logits_in_chunks() if settings.pop("chunks", False) else contextlib.nullcontext()
+    with chunks, patch.object(products, "so_far", Counting(products.so_far)) as so_far:
+        trainer = run(kind, settings)
+    assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
+    rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0], device=trainer.args.device)
+    end = end_of(trainer) | {"rows": trainer.accelerator.gather(rows).tolist(), "added": so_far.given}
+    layers = (part for part in trainer.model.modules() if isinstance(part, GradientCheckpointingLayer))
+    end["compiled"] = all(hasattr(layer, "runs_rows_compiled") for layer in layers)
+    weights = dict(trainer.model.named_parameters())
+    end["recomputed"] = any(INSIDE in key for key in weights)
+    end["weights"] = {key.replace(INSIDE, ""): whole(weight) for key, weight in weights.items()}
+    return end
+
+
+if __name__ == "__main__":
+    runs, out = json.loads(sys.argv[1]), sys.argv[2]
+    if _deepspeed(runs):
         import deepspeed
 
         # (accelerate leaves that out on CPUs.)
         deepspeed.init_distributed("gloo")
-        runs = {name: settings | {"deepspeed": zero(int(engine[-1]))} for name, settings in runs.items()}
     if not torch.cuda.is_available():  # accelerate knows them on accelerators alone, too
         ParallelismConfig._validate_accelerator = lambda self, accelerator: None
-    if engine == "tp":
-        split = {"tp_plan": "auto"}
-        runs = {
-            name: settings | {"parallelism_config": ParallelismConfig(tp_size=2), "model_init_kwargs": split}
-            for name, settings in runs.items()
-        }
     ends = {}
-    for name, settings in runs.items():
+    for name, given in runs.items():
+        kind, engine = given.pop("kind"), given.pop("engine")
         print(f"{kind} {engine}: {name}", flush=True)
-        environment = patch.dict(os.environ, settings.pop("environment", {}))
-        chunks = logits_in_chunks() if settings.pop("chunks", False) else contextlib.nullcontext()
-        with environment, chunks, patch.object(products, "so_far", Counting(products.so_far)) as so_far:
-            trainer = run(kind, settings)
-        assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
-        rows = torch.tensor([trainer.computed["rows"] if kind == "preftree" else 0], device=trainer.args.device)
-        ends[name] = end_of(trainer) | {"rows": trainer.accelerator.gather(rows).tolist()}
-        layers = (part for part in trainer.model.modules() if isinstance(part, GradientCheckpointingLayer))
-        ends[name]["added"] = so_far.given
-        ends[name]["compiled"] = all(hasattr(layer, "runs_rows_compiled") for layer in layers)
-        weights = dict(trainer.model.named_parameters())
-        ends[name]["recomputed"] = any(INSIDE in key for key in weights)
-        ends[name]["weights"] = {key.replace(INSIDE, ""): whole(weight) for key, weight in weights.items()}
-    if trainer.accelerator.is_main_process:
+        with of_engine(engine, given) as settings:
+            ends[name] = end_on_ranks(kind, engine, settings)
+            gc.collect()  # (what asks for DeepSpeed's settings finds those that anything still holds)
+    if int(os.environ.get("RANK", 0)) == 0:
         torch.save(ends, out)
     # Leaving by the interpreter's own way, gloo's threads abort a rank now and then.
-    trainer.accelerator.wait_for_everyone()
+    PartialState().wait_for_everyone()
     sys.stderr.flush()
     os._exit(0)

@@ -1,22 +1,17 @@
 """Several processes (gloo; DDP, FSDP2, DeepSpeed): as TRL's, and as one, also where ranks need different numbers of rows.
 
-All runs of a launcher's kind are made one after the other by the same processes, whose start takes longer than they do.
+All runs of engines that get along are made one after the other by the same processes, whose start takes longer than they do.
 """
 
 import shutil
 from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import word_tokenizer
 from families import saved_model
 from preference_data import dataset, ranked_texts, text_pairs
 from run_on_ranks import launch_once, run
-from torch import distributed
 from trl_runs import differences, end_of, train
-
-from preftree.trainers.ranks import HostExchange
 
 # How many examples are evaluated, and when.
 EVALUATED = {"evaluated": 24, "eval_strategy": "steps", "eval_steps": 2}
@@ -99,32 +94,42 @@ def against_one(path, folder, ranks, examples, **settings):
     return settings
 
 
+def together_with(engine):
+    """What the engines are called whose runs the same processes make: DeepSpeed wants processes that it has set up."""
+    return "zero" if engine.startswith("zero") else {"tp": "ddp"}.get(engine, engine)
+
+
 def runs(model, folder):
-    """Settings of all runs, by kind of trainer, engine and ranks, and by name; one saves checkpoints in the folder."""
+    """Settings of all runs, by engines and ranks, and by kind of trainer and name; one saves checkpoints in the folder."""
     found = defaultdict(dict)
+
+    def add(kind, engine, ranks, name, settings):
+        found[together_with(engine), ranks][f"{kind} {name}"] = {"kind": kind, "engine": engine} | settings
+
     saved = {"output_dir": str(folder / "saved"), "save_strategy": "steps", "save_steps": 2}
     saved = of_epochs(model=model, per_device_train_batch_size=4, own={"row_length": 96}) | saved | {"max_steps": 2}
-    found["preftree", "ddp", 2]["saved"] = saved
+    add("preftree", "ddp", 2, "saved", saved)
     shared_out = saved | SMOOTH | {"output_dir": str(folder / "shared out"), "environment": SHARDS}
-    found["preftree", "fsdp2", 2]["saved"] = shared_out
+    add("preftree", "fsdp2", 2, "saved", shared_out)
     resumed = shared_out | of_epochs(examples=23, per_device_train_batch_size=2, save_strategy="no", resume=True)
-    found["preftree", "fsdp2", 4]["resumed"] = resumed
+    add("preftree", "fsdp2", 4, "resumed", resumed)
     for name, (engine, settings) in AGAINST_TRL.items():
         settings = settings | {"model": model, "per_device_train_batch_size": 4}
         # TRL's own cache fails there: each rank looks for it in a folder of its own.
         stock = {key: value for key, value in settings.items() if key != "precompute_ref_log_probs"}
-        found["trl", engine, 2][name] = stock
-        found["preftree", engine, 2][name] = settings | {"own": {"row_length": 64}}
-    found["preftree", "ddp", 2]["ranked"] = RANKED | {"model": model, "ranked": True, "per_device_train_batch_size": 4}
+        add("trl", engine, 2, name, stock)
+        add("preftree", engine, 2, name, settings | {"own": {"row_length": 64}})
+    ranked = RANKED | {"model": model, "ranked": True, "per_device_train_batch_size": 4}
+    add("preftree", "ddp", 2, "ranked", ranked)
     for family, own in IMAGES.items():
         settings = {"images": family, "per_device_train_batch_size": 2, "learning_rate": 0.01}
         settings |= {"train_sampling_strategy": "sequential"}
-        found["trl", "ddp", 2][family] = settings
-        found["preftree", "ddp", 2][family] = settings | own | {"own": {"row_length": 64}}
+        add("trl", "ddp", 2, family, settings)
+        add("preftree", "ddp", 2, family, settings | own | {"own": {"row_length": 64}})
     for name, (engine, ranks, examples, settings) in AGAINST_ONE.items():
         # (Ranks that split a model have the same data.)
         shares = 1 if engine == "tp" else ranks
-        found["preftree", engine, ranks][name] = against_one(model, folder, shares, examples, **settings)
+        add("preftree", engine, ranks, name, against_one(model, folder, shares, examples, **settings))
     return found
 
 
@@ -143,17 +148,18 @@ def end(model_path, folder):
             pytest.importorskip("deepspeed")
             if shutil.which("c++") is None:
                 pytest.skip("DeepSpeed compiles what its ranks meet by")
-        key = (kind, engine, ranks)
-        if key == ("preftree", "fsdp2", 4):  # goes on from what two ranks have saved
-            of(kind, engine, 2, "saved")
-        return launch_once(ends, key, kind, engine, ranks, every[key])[name]
+        key = (together_with(engine), ranks)
+        if key == ("fsdp2", 4):  # goes on from what two ranks have saved
+            of("preftree", engine, 2, "saved")
+        return launch_once(ends, key, ranks, every[key])[f"{kind} {name}"]
 
     return of
 
 
 def together(runs):
-    """Names of runs; those of an engine go to one worker, where its processes are started once."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(engine)) for name, (engine, *_) in runs.items()]
+    """Names of runs; those of the same processes go to one worker, where these are started once."""
+    groups = {name: together_with(engine) for name, (engine, *_) in runs.items()}
+    return [pytest.param(name, marks=pytest.mark.xdist_group(group)) for name, group in groups.items()]
 
 
 @pytest.mark.parametrize("name", together(AGAINST_TRL))
@@ -203,35 +209,6 @@ def test_the_number_of_ranks_changes_nothing(end, model_path, folder, name):
     metrics, weights = differences(one, several, ("rewards/accuracies",))
     assert metrics <= 1e-5
     assert weights <= 1e-6
-
-
-def exchange(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    # (Of ranks on GPUs, whose own collectives take no numbers of hosts.)
-    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cuda", rank), gather=None)
-    hosts = HostExchange(accelerator, timeout=60)
-    found = [hosts.gather([rank + 1, 2.5]), hosts.gather([2**53 - rank])]
-    torch.save(found, folder / f"{rank}.pt")
-    groups = hosts._groups
-    assert len(groups) == 1
-    del hosts  # (as at the process's end, which a group's threads may spoil)
-    assert not groups
-    distributed.destroy_process_group()
-
-
-def test_hosts_of_gpus_exchange_numbers(tmp_path, monkeypatch):
-    torch.multiprocessing.spawn(exchange, (tmp_path,), nprocs=2)
-    for rank in (0, 1):
-        first, second = torch.load(tmp_path / f"{rank}.pt")
-        assert first.tolist() == [[1, 2.5], [2, 2.5]]
-        assert second.tolist() == [[2**53], [2**53 - 1]]
-    monkeypatch.setattr(distributed, "new_group", lambda **_: (_ for _ in ()).throw(RuntimeError("no interface")))
-    by_gpus = SimpleNamespace(num_processes=2, device=torch.device("cuda"), gather=lambda own: own.repeat(2, 1))
-    monkeypatch.setattr(torch.Tensor, "to", lambda own, *_: own)
-    hosts = HostExchange(by_gpus, timeout=60)
-    assert [hosts.gather([3, 4]).tolist() for _ in range(2)] == [[[3, 4], [3, 4]]] * 2
-    alone = HostExchange(SimpleNamespace(num_processes=1, device=torch.device("cpu")), timeout=60)
-    assert alone.gather([3, 4]).tolist() == [[3, 4]]
 
 
 def assert_goes_on(whole, resumed):

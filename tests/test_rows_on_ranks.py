@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trl.trainer import dpo_trainer
 
 import preftree
-from preftree.trainers.ranks import adds_in_place, to_be_continued, unchanged_since
+from preftree.trainers.ranks import HostExchange, adds_in_place, to_be_continued, unchanged_since
 from preftree.trainers.sharded_reference import sharded_by_layers
 
 
@@ -82,6 +82,7 @@ def on_a_rank(rank, folder):
             found[reshard, synced]["unfinished"] = micro_batch(model, synced, last_of_step=False)
     for changes in (False, True):
         found["reference", changes] = reference(rank, changes)
+    found["numbers"] = numbers(rank)
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -121,6 +122,17 @@ def reference(rank, changes):
     }
 
 
+def numbers(rank):
+    """What ranks on GPUs, whose own collectives take no numbers of hosts, exchange; and how many groups are left of it."""
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cuda", rank), gather=None)
+    hosts = HostExchange(accelerator, timeout=60)
+    found = [hosts.gather([rank + 1, 2.5]), hosts.gather([2**53 - rank])]
+    groups = hosts._groups
+    before = len(groups)
+    del hosts  # (as at the process's end, which a group's threads may spoil)
+    return found, before, len(groups)
+
+
 together = pytest.mark.xdist_group("rows on ranks")
 
 
@@ -128,8 +140,9 @@ together = pytest.mark.xdist_group("rows on ranks")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(on_a_rank, (folder,), nprocs=2)
-    assert torch.load(folder / "1.pt").keys() == torch.load(folder / "0.pt").keys()
-    return torch.load(folder / "1.pt")
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    return second | {"numbers": [first["numbers"], second["numbers"]]}
 
 
 @together
@@ -160,6 +173,24 @@ def test_a_reference_is_shared_out_by_layers(found, changes):
     assert run["before"].keys() == run["after"].keys()
     assert all(torch.equal(run["before"][name], run["after"][name]) for name in run["before"])
     assert run["restored"]
+
+
+@together
+def test_hosts_of_gpus_exchange_numbers(found):
+    for (first, second), before, left in found["numbers"]:
+        assert first.tolist() == [[1, 2.5], [2, 2.5]]
+        assert second.tolist() == [[2**53], [2**53 - 1]]
+        assert (before, left) == (1, 0)
+
+
+def test_hosts_without_an_interface_exchange_numbers_by_gpus(monkeypatch):
+    monkeypatch.setattr(distributed, "new_group", lambda **_: (_ for _ in ()).throw(RuntimeError("no interface")))
+    by_gpus = SimpleNamespace(num_processes=2, device=torch.device("cuda"), gather=lambda own: own.repeat(2, 1))
+    monkeypatch.setattr(torch.Tensor, "to", lambda own, *_: own)
+    hosts = HostExchange(by_gpus, timeout=60)
+    assert [hosts.gather([3, 4]).tolist() for _ in range(2)] == [[[3, 4], [3, 4]]] * 2
+    alone = HostExchange(SimpleNamespace(num_processes=1, device=torch.device("cpu")), timeout=60)
+    assert alone.gather([3, 4]).tolist() == [[3, 4]]
 
 
 class Sharded(FSDPModule, nn.Linear):

@@ -43,9 +43,10 @@ def path(tmp_path_factory):
     return saved_model("qwen3", folder, word_tokenizer(), hidden_size=256, head_dim=64)
 
 
-def runs(path, ranks, names):
+def runs(path, engine, ranks, names):
     """Settings of runs, by name."""
-    common = {"model": path, "examples": EXAMPLES, "use_cpu": False, "tf32": False, "learning_rate": 1e-3, "beta": 0.1}
+    common = {"kind": "preftree", "engine": engine}
+    common |= {"model": path, "examples": EXAMPLES, "use_cpu": False, "tf32": False, "learning_rate": 1e-3, "beta": 0.1}
     common |= {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 8 // ranks}
     common["per_device_eval_batch_size"] = 8 // ranks
     found = {}
@@ -62,11 +63,11 @@ def ends(path):
     made = {}
 
     def of(engine, name):
-        ranks = min(torch.cuda.device_count(), 2) if engine != "none" else 1
+        ranks = min(torch.cuda.device_count(), 2) if engine != "none" else None
         names = next(names for names in LAUNCHES if name in names)
         if engine == "ddp":
             names = tuple(each for each in names if each not in OF_SHARDS)
-        return launch_once(made, (engine, names), "preftree", engine, ranks, runs(path, ranks, names))[name]
+        return launch_once(made, (engine, names), ranks, runs(path, engine, ranks or 1, names))[name]
 
     return of
 
