@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tables import draw, library_versions, write
+from tables import draw, leave_out_warnings, library_versions, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -437,7 +437,7 @@ def compare(case: Case, shape: Shape, repeats: int) -> list[dict[str, object]]:
         }
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+                leave_out_warnings()
                 measured = measure(build, repeats)
         except Skip as reason:
             row["left_out"] = str(reason)

@@ -43,12 +43,18 @@ def _number(text: str) -> int | float | str:
 def library_versions() -> str:
     """What belongs behind `preftree.report.versions` where kernels are timed."""
     found = ""
-    for package in ("flash-attn-4", "quack-kernels", "causal-conv1d", "flash-linear-attention", "triton"):
+    # (Those whose absence is not told serve hybrid models alone.)
+    for package, told in {
+        "flash-attn-4": True,
+        "quack-kernels": True,
+        "causal-conv1d": False,
+        "flash-linear-attention": False,
+        "triton": True,
+    }.items():
         try:
             found += f", {package} {version(package)}"
         except PackageNotFoundError:
-            if package in ("flash-attn-4", "quack-kernels", "triton"):  # the others serve hybrid models alone
-                found += f", no {package}"
+            found += f", no {package}" * told
     return found
 
 

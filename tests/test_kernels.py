@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from unittest.mock import patch
 
 import pytest
 
@@ -33,12 +34,11 @@ def quack(tmp_path, monkeypatch):
 
     def forget():
         for name in [name for name in sys.modules if name == MODULE or name.partition(".")[0] == "quack"]:
-            monkeypatch.delitem(sys.modules, name)
+            del sys.modules[name]
         kernels_of.cache_clear()
 
     def install(files):
-        monkeypatch.delitem(sys.modules, "quack")
-        kernels_of.cache_clear()
+        forget()
         package = tmp_path / "quack"
         package.mkdir()
         (package / "__init__.py").write_text("")
@@ -46,10 +46,11 @@ def quack(tmp_path, monkeypatch):
             (package / f"{name}.py").write_text(code)
         monkeypatch.syspath_prepend(tmp_path)
 
-    forget()
-    monkeypatch.setitem(sys.modules, "quack", None)
-    yield install
-    forget()
+    with patch.dict(sys.modules):
+        forget()
+        sys.modules["quack"] = None
+        yield install
+    kernels_of.cache_clear()
 
 
 @pytest.mark.parametrize("name", LACKING)
