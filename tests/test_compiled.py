@@ -12,6 +12,8 @@ from oracle import random_sequences
 from packaging.version import Version
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -105,6 +107,33 @@ def test_more_layers_take_no_more_compilations():
         numbers(model, ROWS[0])
         counts.append(graphs())
     assert counts[0] == counts[1] > 0
+
+
+def test_sizes_are_known_where_weights_are_shared_out(monkeypatch):
+    """Layers that FSDP2 shares out are compiled for their sizes, as others are: only what changes with a row is a symbol."""
+    symbols = []
+
+    def capture(graph, inputs):
+        values = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        symbols.append(sum(isinstance(value, torch.SymInt) for value in values))
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "_BACKEND", capture)
+    numbers(preftree.prepare_model(exact_model("llama"), compile=True).train(), ROWS[0])
+    alone = symbols.copy()
+    assert len(alone) == 3
+    assert alone[0] == 2  # the row's length and its number
+    symbols.clear()
+    torch._dynamo.reset()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = preftree.prepare_model(exact_model("llama"), compile=True).train()
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+        numbers(model, ROWS[0])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert symbols == alone
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

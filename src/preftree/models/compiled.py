@@ -45,6 +45,9 @@ _DYNAMO: dict[str, Any] = {
     "accumulated_recompile_limit": 1024,
     # A norm's epsilon is a constant and not a tensor that is made at every call.
     "specialize_float": True,
+    # Layers that FSDP2 shares out are guarded as others are. Else their integers would be symbols, sizes of heads for one, and
+    # kernels for heads of any size take up to 20 times as long.
+    "skip_fsdp_guards": False,
     # Under DDP, Dynamo would cut graphs where gradients are exchanged, within layers: these are pieces enough.
     "optimize_ddp": False,
 }
