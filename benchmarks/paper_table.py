@@ -16,8 +16,8 @@ are heated before those that are. "idle" is from steps after these, watched one 
 spends without a kernel that computes, "exchange" the part of it in which one exchanges or copies, or waits for others to, and
 "imbalance" the share that the mean rank would wait if ranks met at each step's end alone (by what their computing kernels
 take). "at random" is the imbalance of the same steps if ranks took pairs as they come, by operations. A side that takes longer
-than ``--limit`` says where it was, and what it measured until then counts; ``--read`` goes on with what earlier calls wrote.
-``--project`` is no measurement: see `projection`.
+than ``--limit`` says where it was. What was measured until then counts, and so where this is interrupted or told to end:
+``--read`` goes on with what earlier calls wrote. ``--project`` is no measurement: see `projection`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import faulthandler
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from typing import Any
 from packing import MEDIANS
 from projection import project
 from ranks import waits
-from step import PEAK, SIDES, Case, log_normal, operations, random_examples, shape, tiny_tokenizer
+from step import PEAK, SIDES, Case, by_kernel, log_normal, operations, random_examples, shape, tiny_tokenizer
 from tables import leave_out_warnings, library_versions, read, write
 
 from preftree.plan import ModelCost
@@ -97,18 +98,15 @@ def tokens_of(case: Case) -> list[int]:
     return [sum(len(parts) * prompt + sum(parts) for prompt, *parts in step) for step in case.lengths]
 
 
-def busy_seconds(events: Any, ranks: int) -> tuple[float, float]:
+def busy_seconds(kernels: Sequence[Any], ranks: int) -> tuple[float, float]:
     """Seconds in which a kernel computes, and in which one computes or exchanges; with several ranks, behind the first that
     exchanges, by which they begin together."""
-    import torch
-
-    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    exchanging = [event.time_range.end for event in on_device if event.name.lower().startswith("nccl")]
+    exchanging = [event.time_range.end for event in kernels if event.name.lower().startswith("nccl")]
     begun = min(exchanging) if ranks > 1 else float("-inf")
     found = []
     for left_out in (("nccl", "memcpy", "memset"), ()):
         busy, until = 0.0, begun
-        kept = [event.time_range for event in on_device if not event.name.lower().startswith(left_out)]
+        kept = [event.time_range for event in kernels if not event.name.lower().startswith(left_out)]
         for span in sorted(kept, key=lambda span: span.start):
             busy += max(span.end - max(span.start, until), 0.0)
             until = max(until, span.end)
@@ -129,6 +127,7 @@ def watch(steps: int, cuda: bool):
         def __init__(self):
             self.ends: list[Any] = []
             self.watched: list[tuple[float, float, float]] = []  # computing, busy, whole
+            self.kernels: list[Any] = []
             self.profiler: Any = None
 
         def on_step_begin(self, args, state, control, **kwargs):
@@ -149,8 +148,11 @@ def watch(steps: int, cuda: bool):
                     torch.cuda.synchronize()
                     whole = time.perf_counter() - self.began
                     self.profiler.__exit__(None, None, None)
-                    self.watched.append((*busy_seconds(self.profiler.events(), args.world_size), whole))
-                    self.profiler = None
+                    events = self.profiler.events()
+                    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+                    self.watched.append((*busy_seconds(kernels, args.world_size), whole))
+                    self.kernels += kernels
+                    self.profiler = events = None
                     gc.collect()  # else it may come within the next step, for so many events
                 return
             if state.global_step < FIRST:
@@ -275,11 +277,15 @@ def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
             "exchange": float(((busy_RS - computing_RS).mean(0) / whole_S).mean()),
             "imbalance": statistics.mean(imbalance(step) for step in computing_RS.T.tolist()),
         }
+    if options.profile:
+        result["kernels"] = by_kernel(watched.kernels, WATCHED)
     return result | {"at_random": waits(case, cost, ranks, balanced=False, shared=side == "preftree")}
 
 
-def launch(side: str, gpus: int, names: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One side of these cases in processes of its own; of those that it gets to."""
+def launch(
+    side: str, gpus: int, names: Sequence[str], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], bool]:
+    """One side of these cases in processes of its own, of those that it gets to, and whether it was interrupted."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.jsonl"
         worker = [__file__, *sys.argv[1:], "--only", *names, "--worker", side, str(gpus), str(out)]
@@ -291,15 +297,19 @@ def launch(side: str, gpus: int, names: Sequence[str], options: argparse.Namespa
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
             if options.engine == "fsdp2":
                 environment |= _ACCELERATE | {"FSDP_RESHARD_AFTER_FORWARD": str(not options.no_reshard).lower()}
+        interrupted = False
+        process = subprocess.Popen([*start, *worker], env=environment)
         try:
-            status = subprocess.run([*start, *worker], env=environment, timeout=options.limit).returncode
-            end = f"failed with exit status {status}"
-        except subprocess.TimeoutExpired:
-            end = f"stopped after {options.limit} s"
+            end = f"failed with exit status {process.wait(options.limit)}"
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
+            interrupted = isinstance(stopped, KeyboardInterrupt)
+            end = "interrupted" if interrupted else f"stopped after {options.limit} s"
+            process.terminate()  # torchrun ends its processes then; killed, it would leave them behind
+            process.wait()
         rows = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
     for name in names[len(rows) :]:
         print(f"{name}, {side}, {gpus} GPUs: {end}", file=sys.stderr)
-    return rows
+    return rows, interrupted
 
 
 def work(side: str, gpus: int, out: Path, options: argparse.Namespace) -> None:
@@ -377,6 +387,7 @@ def main() -> None:
     parser.add_argument(
         "--project", nargs="+", type=int, default=[], help="numbers of GPUs of one host, by calculation"
     )
+    parser.add_argument("--profile", action="store_true", help="which kernels the steps' time goes to, for --out (GPU)")
     parser.add_argument("--cpu", action="store_true", help="by gloo, to try the script")
     parser.add_argument(
         "--read", nargs="+", type=Path, default=[], help="CSVs of earlier calls: what they have is not measured"
@@ -392,11 +403,12 @@ def main() -> None:
     if options.worker:
         side, gpus, out = options.worker
         work(side, int(gpus), Path(out), options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     engine = options.engine + (" without resharding" if options.no_reshard else "")
     size = f"{options.pairs} pairs" if options.tokens is None else f"about {options.tokens} tokens"
     settings = f"{options.model}, {engine}, {size} a GPU and step, {options.steps} steps, rows of {options.row_length}"
     settings += ", activations computed again" * options.checkpointing
-    rows, heads = [], {}
+    rows, kernels, heads = [], [], {}
     for path in options.read:
         heads[str(path)], found = read(path)
         rows += [row for row in found if row.get("engine") != "projection"]
@@ -421,18 +433,26 @@ def main() -> None:
         return make_case(name, gpus, options)
 
     for (gpus, side), names in wanted.items():
-        if names:
-            rows += (found := launch(side, gpus, names, options))
-            for row in found:
-                show(row, PEAK.get(card))
+        if not names:
+            continue
+        found, interrupted = launch(side, gpus, names, options)
+        for row in found:
+            show(row, PEAK.get(card))
+            place = {name: row[name] for name in ("case", "side", "gpus")}
+            kernels += [place | kernel for kernel in row.pop("kernels", [])]
+        rows += found
+        if interrupted:
+            break
     cost = ModelCost.from_config(shape(options.model))
     compare(rows, options.only, case_of, cost)
     rows += [row for gpus in options.project for row in project(rows, options.only, case_of, gpus, cost)]
     if options.out:
         count = "_".join(map(str, options.gpus))
         kind = options.engine + ("_whole" if options.no_reshard else "")
-        name = f"paper_table_{options.model}_{kind}_{count}_{(card or 'cpu').lower()}.csv"
-        write(rows, options.out / name, head)
+        name = f"paper_table_{options.model}_{kind}_{count}_{(card or 'cpu').lower()}"
+        write(rows, options.out / f"{name}.csv", head)
+        if kernels:
+            write(kernels, options.out / f"{name}_kernels.csv", head)
     if not rows:
         raise SystemExit("nothing ran")
 

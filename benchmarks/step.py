@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -350,18 +351,23 @@ def profile_steps(trainer: Any, case: Case, micro: int, vocabulary: int) -> dict
     steps = len(batches) - ahead
     busy, started = 0.0, kernels[0].time_range.start
     until = started
-    spent: dict[str, list[float]] = {}
     for event in kernels:
         start, end = event.time_range.start, event.time_range.end
         busy += max(end - max(start, until), 0.0)
         until = max(until, end)
-        spent.setdefault(event.name, []).append((end - start) / 1e3)
-    listed = [
+    traced = {"idle": 1 - busy / (until - started), "traced_s": (until - started) / 1e6 / steps}
+    return traced | {"kernels": by_kernel(kernels, steps)}
+
+
+def by_kernel(events: Iterable[Any], steps: int) -> list[dict[str, Any]]:
+    """Milliseconds and calls a step of each kernel in a profiler's events on the device, longest first."""
+    spent: dict[str, list[float]] = {}
+    for event in events:
+        spent.setdefault(event.name, []).append((event.time_range.end - event.time_range.start) / 1e3)
+    return [
         {"kernel": name, "ms": sum(times) / steps, "calls": len(times) / steps}
         for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))
     ]
-    traced = {"idle": 1 - busy / (until - started), "traced_s": (until - started) / 1e6 / steps}
-    return traced | {"kernels": listed}
 
 
 def timed_steps(

@@ -1,10 +1,14 @@
 """`benchmarks/paper_table.py` from one end to the other: two processes on CPUs, a tiny shape."""
 
 import csv
+import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,6 +90,62 @@ def test_what_earlier_calls_measured(monkeypatch, tmp_path, capsys):
     tables.write(rows[:1], tmp_path / "other.csv", head.replace("a version", "another version"))
     with pytest.raises(SystemExit, match="on another machine"):
         run("--read", str(tmp_path / "other.csv"), *files)
+
+
+def test_told_to_end(monkeypatch, tmp_path, capfd):
+    """What a side had measured is written, its process ended, and no other side begun."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import paper_table
+    import tables
+
+    row = {"case": "TLDR", "side": "packed", "gpus": 1, "engine": "", "pairs": 8, "pairs_per_s": 2.0}
+    row |= {"tokens_per_s_per_gpu": 10.0, "tflops_per_gpu": 1.0}
+    # In place of Python: writes one distribution's row, tells that it has, and goes on.
+    worker = tmp_path / "worker"
+    worker.write_text(f"#!/bin/bash\necho '{json.dumps(row)}' > ${{@: -1}}\ntouch {tmp_path}/begun\nexec sleep 30\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(paper_table.sys, "executable", str(worker))
+    given = ["--cpu", "--model", "tiny", "--pairs", "8", "--gpus", "1", "--sides", "packed", "preftree"]
+    monkeypatch.setattr("sys.argv", ["paper_table.py", *given, "--only", "TLDR", "Capybara", "--out", str(tmp_path)])
+
+    def end():
+        while not (tmp_path / "begun").exists():
+            threading.Event().wait(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=end)
+    thread.start()
+    try:
+        paper_table.main()
+    finally:
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+    told = capfd.readouterr().err
+    assert "Capybara, packed, 1 GPUs: interrupted" in told
+    assert "preftree" not in told
+    _, rows = tables.read(tmp_path / "paper_table_tiny_fsdp2_1_cpu.csv")
+    assert rows == [{key: value for key, value in row.items() if value != ""}]
+
+
+def test_kernels_of_a_step(monkeypatch):
+    """Two steps' kernels by their names; what computes and what exchanges, each moment counted once."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from paper_table import busy_seconds
+    from step import by_kernel
+
+    spans = [("gemm", 0, 4), ("ncclGather", 2, 7), ("gemm", 8, 12), ("Memcpy DtoD", 11, 15), ("norm", 20, 21)]
+    events = [
+        SimpleNamespace(name=name, time_range=SimpleNamespace(start=start * 1e6, end=end * 1e6))
+        for name, start, end in spans
+    ]
+    assert by_kernel(events, 2)[:2] == [
+        {"kernel": "gemm", "ms": 4000.0, "calls": 1.0},
+        {"kernel": "ncclGather", "ms": 2500.0, "calls": 0.5},
+    ]
+    assert busy_seconds(events, 1) == (9.0, 7 + 7 + 1)
+    # Several ranks begin together behind the first exchange.
+    assert busy_seconds(events, 2) == (5.0, 7 + 1)
 
 
 def test_projection(monkeypatch, capsys):
