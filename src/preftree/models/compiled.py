@@ -154,7 +154,9 @@ def _formulas() -> str:
 
 
 def _compile(function: Callable[..., Any], name: str, or_stock: bool, memory_budget: float) -> Callable[..., Any]:
-    runs = torch._dynamo.config.patch(_DYNAMO)(torch.compile(function, dynamic=True, backend=_backend(memory_budget)))
+    # (A release of PyTorch may have done with a setting.)
+    settings = {name: on for name, on in _DYNAMO.items() if hasattr(torch._dynamo.config, name)}
+    runs = torch._dynamo.config.patch(settings)(torch.compile(function, dynamic=True, backend=_backend(memory_budget)))
     if not or_stock:
         return runs
 
