@@ -114,8 +114,8 @@ def busy_seconds(kernels: Sequence[Any], ranks: int) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def watch(steps: int, cuda: bool):
-    """A callback that times steps on the device and, behind these, watches some one by one."""
+def watch(steps: int, cuda: bool, profile_kernels: bool):
+    """A callback that times steps on the device and, behind these, watches some one by one; keeps their kernels if told to."""
     import time
 
     import torch
@@ -148,11 +148,12 @@ def watch(steps: int, cuda: bool):
                     torch.cuda.synchronize()
                     whole = time.perf_counter() - self.began
                     self.profiler.__exit__(None, None, None)
-                    events = self.profiler.events()
-                    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+                    on_device = torch.autograd.DeviceType.CUDA
+                    kernels = [event for event in self.profiler.events() if event.device_type == on_device]
                     self.watched.append((*busy_seconds(kernels, args.world_size), whole))
-                    self.kernels += kernels
-                    self.profiler = events = None
+                    if profile_kernels:
+                        self.kernels += kernels
+                    self.profiler = kernels = None
                     gc.collect()  # else it may come within the next step, for so many events
                 return
             if state.global_step < FIRST:
@@ -235,7 +236,7 @@ def train(side: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
         def _prepare_dataset(self, *given):
             return tokenised
 
-    watched = watch(len(case.lengths) - FIRST - WATCHED, cuda)
+    watched = watch(len(case.lengths) - FIRST - WATCHED, cuda, options.profile)
     trainer = Trainer(
         models[0],
         ref_model=models[1],

@@ -77,6 +77,14 @@ def nothing_compiled():
     compiled._compiled_class.cache_clear()
 
 
+@pytest.fixture
+def group_of_one():
+    """This process is the only rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return word_tokenizer()

@@ -109,6 +109,7 @@ def test_more_layers_take_no_more_compilations():
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.usefixtures("group_of_one")
 def test_sizes_are_known_where_weights_are_shared_out(monkeypatch):
     """Layers that FSDP2 shares out are compiled for their sizes, as others are: only what changes with a row is a symbol."""
     symbols = []
@@ -125,14 +126,10 @@ def test_sizes_are_known_where_weights_are_shared_out(monkeypatch):
     assert alone[0] == 2  # the row's length and its number
     symbols.clear()
     torch._dynamo.reset()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = preftree.prepare_model(exact_model("llama"), compile=True).train()
-        for part in (*model.model.layers, model):
-            fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
-        numbers(model, ROWS[0])
-    finally:
-        torch.distributed.destroy_process_group()
+    model = preftree.prepare_model(exact_model("llama"), compile=True).train()
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    numbers(model, ROWS[0])
     assert symbols == alone
 
 

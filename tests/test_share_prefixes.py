@@ -581,17 +581,14 @@ def test_a_forward_wrapped_since_outlives_undo():
             handle = preftree.share_prefixes(model)
 
 
-def test_wrapped_by_ddp(tmp_path):
+@pytest.mark.usefixtures("group_of_one")
+def test_wrapped_by_ddp():
     model, stock, _ = shared_and_stock("llama")
     ids, mask = padded(preference_sequences()[0], "left")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        with no_warnings(), counted_tokens(model) as counts:
-            given = wrapped(input_ids=ids, attention_mask=mask).logits
-            (given * mask[..., None]).square().mean().backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    with no_warnings(), counted_tokens(model) as counts:
+        given = wrapped(input_ids=ids, attention_mask=mask).logits
+        (given * mask[..., None]).square().mean().backward()
     assert counts == [distinct_prefixes(ids, mask)]
     expected = stock(input_ids=ids, attention_mask=mask).logits
     assert_same_tokens(given, expected, mask)

@@ -129,15 +129,18 @@ def _rewritten(module: GraphModule, inputs: list[Any], memory_budget: float) -> 
     # Our operators count among what takes time to compute again.
     kept = {"activation_memory_budget": memory_budget, "is_non_builtin_to_include": True} if memory_budget < 1 else {}
     settings: Any = torch.compiler.config
-    with torch._functorch.config.patch(
-        {name: on for name, on in kept.items() if hasattr(torch._functorch.config, name)}
-    ):
+    with torch._functorch.config.patch(_known(kept, torch._functorch.config)):
         if _BACKEND != "inductor":
             return lookup_backend(_BACKEND)(module, inputs)
         known = torch._inductor.list_options()
         patches = {name: on for name, on in _INDUCTOR.items() if name in known}
         with settings.patch(cache_key_tag=f"{settings.cache_key_tag} {_formulas()}"):
             return compile_fx(module, inputs, config_patches=patches)
+
+
+def _known(settings: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Those that this release of PyTorch has."""
+    return {name: on for name, on in settings.items() if hasattr(config, name)}
 
 
 @functools.cache
@@ -154,9 +157,8 @@ def _formulas() -> str:
 
 
 def _compile(function: Callable[..., Any], name: str, or_stock: bool, memory_budget: float) -> Callable[..., Any]:
-    # (A release of PyTorch may have done with a setting.)
-    settings = {name: on for name, on in _DYNAMO.items() if hasattr(torch._dynamo.config, name)}
-    runs = torch._dynamo.config.patch(settings)(torch.compile(function, dynamic=True, backend=_backend(memory_budget)))
+    code = torch.compile(function, dynamic=True, backend=_backend(memory_budget))
+    runs = torch._dynamo.config.patch(_known(_DYNAMO, torch._dynamo.config))(code)
     if not or_stock:
         return runs
 

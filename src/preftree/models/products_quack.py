@@ -42,7 +42,7 @@ _WEIGHT_GRADIENTS = _tile(128, 256, (2, 1))
 _ONTO = _tile(128, 256, (2, 1))
 
 
-def _shared_out(config: GemmConfig) -> GemmConfig:
+def _scheduled(config: GemmConfig) -> GemmConfig:
     """How a kernel's tiles come to the multiprocessors: by turns, or to the next that is free where several processes train.
 
     By turns, nothing has to be counted. But exchanges between devices, which go on beside the products, hold some of them: the
@@ -66,7 +66,7 @@ def up(
         weights_F2D.T,
         activation=activation,
         store_preact=keeps,
-        config=_shared_out(_UP),
+        config=_scheduled(_UP),
         concat_layout=("B",),
     )
     return out_NF, both_NF2 if keeps else x_ND.new_empty(0)
@@ -77,14 +77,14 @@ def up_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `products_formulas.up_backward`."""
     return gemm_dgated(
-        grad_ND, down_DF, both_NF2, activation=activation, dynamic_scheduler=False, config=_shared_out(_UP_BACKWARD)
+        grad_ND, down_DF, both_NF2, activation=activation, dynamic_scheduler=False, config=_scheduled(_UP_BACKWARD)
     )
 
 
 def input_gradient(grads_NF2: torch.Tensor, weights_F2D: torch.Tensor) -> torch.Tensor:
     """See `products_formulas.input_gradient`."""
     out_ND = grads_NF2.new_empty(grads_NF2.shape[0], weights_F2D.shape[1])
-    gemm_tuned.fn(grads_NF2, weights_F2D, out_ND, config=_shared_out(_INPUT_GRADIENT), concat_layout=("B",))
+    gemm_tuned.fn(grads_NF2, weights_F2D, out_ND, config=_scheduled(_INPUT_GRADIENT), concat_layout=("B",))
     return out_ND
 
 
@@ -94,12 +94,12 @@ def weight_gradients(
     """See `products_formulas.weight_gradients`."""
     out_F2D = grads_NF2.new_empty(grads_NF2.shape[1], x_ND.shape[1]) if so_far_F2D is None else so_far_F2D
     apart = ("out",) if so_far_F2D is None else ("C", "out")
-    gemm_tuned.fn(grads_NF2.T, x_ND, out_F2D, C=so_far_F2D, config=_shared_out(_WEIGHT_GRADIENTS), concat_layout=apart)
+    gemm_tuned.fn(grads_NF2.T, x_ND, out_F2D, C=so_far_F2D, config=_scheduled(_WEIGHT_GRADIENTS), concat_layout=apart)
     return out_F2D
 
 
 def onto(x_ND: torch.Tensor, weight_ED: torch.Tensor, residual_NE: torch.Tensor) -> torch.Tensor:
     """See `products_formulas.onto`."""
     out_NE = torch.empty_like(residual_NE)
-    gemm_tuned.fn(x_ND, weight_ED.T, out_NE, C=residual_NE, config=_shared_out(_ONTO))
+    gemm_tuned.fn(x_ND, weight_ED.T, out_NE, C=residual_NE, config=_scheduled(_ONTO))
     return out_NE
