@@ -17,7 +17,8 @@ spends without a kernel that computes, "exchange" the part of it in which one ex
 "imbalance" the share that the mean rank would wait if ranks met at each step's end alone (by what their computing kernels
 take). "at random" is the imbalance of the same steps if ranks took pairs as they come, by operations. A side that takes longer
 than ``--limit`` says where it was. What was measured until then counts, and so where this is interrupted or told to end:
-``--read`` goes on with what earlier calls wrote. ``--project`` is no measurement: see `projection`.
+``--read`` goes on with what earlier calls wrote (the later file counts where two have the same). "of one GPU" is by operations
+a second, for steps of several GPUs are other draws. ``--project`` is no measurement: see `projection`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from packing import MEDIANS
-from projection import project
+from projection import is_projected, project
 from ranks import waits
 from step import PEAK, SIDES, Case, by_kernel, log_normal, operations, random_examples, shape, tiny_tokenizer
 from tables import leave_out_warnings, library_versions, read, write
@@ -341,32 +342,37 @@ def show(row: dict[str, Any], peak: float | None) -> None:
     )
 
 
-def compare(
-    rows: list[dict[str, Any]], names: Sequence[str], case_of: Callable[[str, int], Case], cost: ModelCost
-) -> None:
-    """Each case's ratios, beside what operations allow and the paper's, and how it scales; also put into the rows."""
+def scale(rows: Sequence[dict[str, Any]]) -> None:
+    """What a GPU of several does of what one alone does, put into the rows: by operations, for steps are not equally long."""
+    alone = {(row["case"], row["side"]): row for row in rows if row["gpus"] == 1}
+    for row in rows:
+        if row["gpus"] > 1 and (one := alone.get((row["case"], row["side"]))) is not None:
+            row["of_one_gpu"] = share = row["tflops_per_gpu"] / one["tflops_per_gpu"]
+            tokens = row["tokens_per_s_per_gpu"] / one["tokens_per_s_per_gpu"]
+            print(
+                f"{row['case']}, {row['side']}: a GPU of {row['gpus']} does {share:.3f} of the operations a second that one "
+                f"alone does, {tokens:.3f} of the tokens"
+            )
+
+
+def compare(rows: Sequence[dict[str, Any]], case_of: Callable[[str, int], Case], cost: ModelCost) -> None:
+    """Each case's ratios, beside what operations allow and the paper's, put into preftree's rows."""
     found = {(row["case"], row["gpus"], row["side"]): row for row in rows}
-    for name in names:
-        for gpus in dict.fromkeys(row["gpus"] for row in rows):
-            case = timed(case_of(name, gpus))
-            ideal = operations(case, cost, "packed") / operations(case, cost, "preftree")
-            ours = found.get((name, gpus, "preftree"))
-            for other in ("packed", "trl"):
-                theirs = found.get((name, gpus, other))
-                if ours is None or theirs is None:
-                    continue
-                ours[f"over_{other}"] = ratio = ours["pairs_per_s"] / theirs["pairs_per_s"]
-                line = f"{name}, {gpus} GPUs: preftree / {other} {ratio:.2f}x"
-                if other == "packed":
-                    ours |= {"operations": ideal, "paper": PAPER[name]}
-                    line += f" (operations {ideal:.2f}x: {ratio / ideal:.3f} of it; the paper {PAPER[name]}x)"
-                print(line)
-        for side in SIDES:
-            one = found.get((name, 1, side))
-            for gpus in sorted({row["gpus"] for row in rows} - {1}):
-                if one is not None and (several := found.get((name, gpus, side))) is not None:
-                    several["of_one_gpu"] = share = several["tokens_per_s_per_gpu"] / one["tokens_per_s_per_gpu"]
-                    print(f"{name}, {side}: a GPU of {gpus} does {share:.3f} of what one alone does")
+    for name, gpus in dict.fromkeys((row["case"], row["gpus"]) for row in rows):
+        ours = found.get((name, gpus, "preftree"))
+        for other in ("packed", "trl"):
+            theirs = found.get((name, gpus, other))
+            if ours is None or theirs is None:
+                continue
+            ours[f"over_{other}"] = ratio = ours["pairs_per_s"] / theirs["pairs_per_s"]
+            line = f"{name}, {gpus} GPUs: preftree / {other} {ratio:.2f}x"
+            if other == "packed":
+                # What is projected goes by the rates of one GPU, so by its steps.
+                case = timed(case_of(name, 1 if is_projected(ours) else gpus))
+                ideal = operations(case, cost, "packed") / operations(case, cost, "preftree")
+                ours |= {"operations": ideal, "paper": PAPER[name]}
+                line += f" (operations {ideal:.2f}x: {ratio / ideal:.3f} of it; the paper {PAPER[name]}x)"
+            print(line + ", a projection" * is_projected(ours))
 
 
 def main() -> None:
@@ -409,13 +415,12 @@ def main() -> None:
     size = f"{options.pairs} pairs" if options.tokens is None else f"about {options.tokens} tokens"
     settings = f"{options.model}, {engine}, {size} a GPU and step, {options.steps} steps, rows of {options.row_length}"
     settings += ", activations computed again" * options.checkpointing
-    rows, kernels, heads = [], [], {}
+    earlier, kernels, heads = {}, [], {}
     for path in options.read:
         heads[str(path)], found = read(path)
-        rows += [row for row in found if row.get("engine") != "projection"]
-    there = {(row["gpus"], row["side"], row["case"]) for row in rows}
+        earlier |= {(row["gpus"], row["side"], row["case"]): row for row in found if not is_projected(row)}
     wanted = {
-        (gpus, side): [name for name in options.only if (gpus, side, name) not in there]
+        (gpus, side): [name for name in options.only if (gpus, side, name) not in earlier]
         for gpus in options.gpus
         for side in options.sides
     }
@@ -433,6 +438,7 @@ def main() -> None:
     def case_of(name: str, gpus: int) -> Case:
         return make_case(name, gpus, options)
 
+    rows = list(earlier.values())
     for (gpus, side), names in wanted.items():
         if not names:
             continue
@@ -445,8 +451,9 @@ def main() -> None:
         if interrupted:
             break
     cost = ModelCost.from_config(shape(options.model))
-    compare(rows, options.only, case_of, cost)
+    scale(rows)
     rows += [row for gpus in options.project for row in project(rows, options.only, case_of, gpus, cost)]
+    compare(rows, case_of, cost)
     if options.out:
         count = "_".join(map(str, options.gpus))
         kind = options.engine + ("_whole" if options.no_reshard else "")

@@ -21,6 +21,13 @@ from step import SIDES, Case
 
 from preftree.plan import ModelCost
 
+_PROJECTION = "projection"
+
+
+def is_projected(row: dict[str, Any]) -> bool:
+    """Whether a table's row comes from `project`."""
+    return row.get("engine") == _PROJECTION
+
 
 def efficiency(of_two: float, waits_of_two: float, waits_of_all: float, gpus: int) -> float:
     """What a GPU of so many does of what one alone does (see the module), by what a GPU of two does of it."""
@@ -43,7 +50,6 @@ def project(
     found = {(row["case"], row["gpus"], row["side"]): row for row in rows}
     projected = []
     for name in names:
-        made: dict[str, dict[str, Any]] = {}
         for side in SIDES:
             one, two = found.get((name, 1, side)), found.get((name, 2, side))
             if one is None or two is None:
@@ -51,15 +57,10 @@ def project(
             how = {"balanced": side != "trl", "shared": side == "preftree"}
             wait = waits(case_of(name, gpus), cost, gpus, **how)
             share = efficiency(two["of_one_gpu"], waits(case_of(name, 2), cost, 2, **how), wait, gpus)
-            made[side] = {"case": name, "side": side, "gpus": gpus, "engine": "projection", "pairs": one["pairs"]}
-            made[side] |= {"pairs_per_s": share * gpus * one["pairs_per_s"], "of_one_gpu": share, "imbalance": wait}
-            made[side]["tokens_per_s_per_gpu"] = share * one["tokens_per_s_per_gpu"]
+            row = {"case": name, "side": side, "gpus": gpus, "engine": _PROJECTION, "pairs": one["pairs"]}
+            row |= {"pairs_per_s": share * gpus * one["pairs_per_s"], "of_one_gpu": share, "imbalance": wait}
+            rates = ("tokens_per_s_per_gpu", "tflops_per_gpu")
+            projected.append(row | {rate: share * one[rate] for rate in rates})
             line = f"{name}, {side}, projection: a GPU of {gpus} would do {share:.3f} of what one alone does"
             print(f"{line} (imbalance {wait:.1%})")
-        for other in ("packed", "trl"):
-            if "preftree" in made and other in made:
-                ratio = made["preftree"]["pairs_per_s"] / made[other]["pairs_per_s"]
-                made["preftree"][f"over_{other}"] = ratio
-                print(f"{name}, projection: on {gpus} GPUs preftree / {other} would be {ratio:.2f}x")
-        projected += made.values()
     return projected

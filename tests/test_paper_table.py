@@ -46,7 +46,6 @@ def test_two_processes_on_cpus(tmp_path):
         if row["side"] == "preftree":
             assert float(row["over_packed"]) > 0
             assert float(row["over_trl"]) > 0
-        if row["side"] == "preftree" and row["engine"] != "projection":
             assert float(row["paper"]) == {"TLDR": 1.35, "HH-RLHF": 1.41}[row["case"]]
             assert 1.2 < float(row["operations"]) < 1.9
         # Of two ranks' pairs, one's weigh more.
@@ -64,8 +63,10 @@ def test_what_earlier_calls_measured(monkeypatch, tmp_path, capsys):
     for gpus, rate in ((1, 10.0), (2, 18.0)):
         row = {"case": "TLDR", "gpus": gpus, "engine": "ddp" if gpus > 1 else "", "pairs": 8}
         rows = [
-            row | {"side": side, "pairs_per_s": rate * times, "tokens_per_s_per_gpu": 100 * rate * times / gpus}
-            for side, times in (("packed", 1.0), ("preftree", 1.5))
+            row
+            | {"side": side, "pairs_per_s": rate * times, "tokens_per_s_per_gpu": 100 * rate * times / gpus}
+            | {"tflops_per_gpu": flops * gpus**-0.2}
+            for side, times, flops in (("packed", 1.0, 500.0), ("preftree", 1.5, 400.0))
         ]
         tables.write(rows, tmp_path / f"{gpus}.csv", head)
 
@@ -83,8 +84,18 @@ def test_what_earlier_calls_measured(monkeypatch, tmp_path, capsys):
         (n, side) for n in (1, 2, 8) for side in ("packed", "preftree")
     ]
     assert rows[3]["over_packed"] == 1.5
-    assert rows[3]["of_one_gpu"] == 0.9
+    assert "0.900 of the tokens" in capsys.readouterr().out
+    assert rows[3]["of_one_gpu"] == pytest.approx(2**-0.2, rel=1e-5)  # by operations: steps of two are other steps
     assert rows[5]["engine"] == "projection"
+    assert rows[5]["over_packed"] == pytest.approx(rows[5]["pairs_per_s"] / rows[4]["pairs_per_s"], rel=1e-5)
+    assert rows[5]["operations"] == rows[1]["operations"] != rows[3]["operations"]
+    # What is measured once more takes the earlier row's place, and a file that projects is not taken for measured.
+    again = [row | {"pairs_per_s": 30.0} for row in rows[:2]]
+    tables.write(again, tmp_path / "again.csv", head)
+    run("--read", str(tmp_path / "all" / "paper_table_qwen3-1.7b_ddp_1_2_h200.csv"), str(tmp_path / "again.csv"))
+    _, merged = tables.read(tmp_path / "all" / "paper_table_qwen3-1.7b_ddp_1_2_h200.csv")
+    assert [row["pairs_per_s"] for row in merged[:4]] == [30.0, 30.0, 18.0, 27.0]
+    assert len(merged) == 6
     with pytest.raises(SystemExit, match="measured in another way"):
         run("--read", *files, "--steps", "5")
     tables.write(rows[:1], tmp_path / "other.csv", head.replace("a version", "another version"))
@@ -166,7 +177,7 @@ def test_projection(monkeypatch, capsys):
 
     def row(side, gpus, rate, of_one=None):
         found = {"case": "a", "side": side, "gpus": gpus, "engine": "", "pairs": 4, "pairs_per_s": rate * gpus}
-        return found | {"tokens_per_s_per_gpu": 100 * rate, "of_one_gpu": of_one}
+        return found | {"tokens_per_s_per_gpu": 100 * rate, "tflops_per_gpu": 7 * rate, "of_one_gpu": of_one}
 
     sides = (("trl", 2.0), ("preftree", 6.0))
     rows = [each for side, rate in sides for each in (row(side, 1, rate), row(side, 2, 0.9 * rate, 0.9))]
@@ -180,6 +191,5 @@ def test_projection(monkeypatch, capsys):
     # By cost each rank has a long pair (400) and three short ones (40).
     assert ours["pairs_per_s"] == pytest.approx(4 * 6.0 / (1 + 0.1 / 0.9 * 1.5))
     assert ours["imbalance"] == 0.0
-    assert ours["over_trl"] == pytest.approx(ours["pairs_per_s"] / theirs["pairs_per_s"])
-    assert "over_packed" not in ours
-    assert "projection: on 4 GPUs preftree / trl would be" in capsys.readouterr().out
+    assert ours["tflops_per_gpu"] == pytest.approx(7 * 6.0 / (1 + 0.1 / 0.9 * 1.5))
+    assert "a GPU of 4 would do" in capsys.readouterr().out
