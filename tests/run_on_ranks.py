@@ -1,5 +1,7 @@
-"""Training runs on each rank of a launcher: `torchrun ... run_on_ranks.py RUNS OUT`; rank 0 saves their ends.
+"""Training runs on each of several ranks: `run_on_ranks.py RUNS OUT RANKS`, or by `torchrun` without RANKS; rank 0 saves
+their ends.
 
+On CPUs the ranks are forks of one process, which has imported everything once: that takes longer than some of their runs.
 RUNS is JSON, ``{name: settings}``. Beside what `trl_runs.train` takes, settings hold the run's "kind" of trainer, its
 "engine" ("ddp", "fsdp2", "zero1" to "zero3", "tp" or, without a launcher, "none") and perhaps variables of the environment.
 Runs are on CPUs, unless settings say otherwise: accelerate, which takes FSDP on accelerators, is told that it may shard
@@ -76,14 +78,17 @@ def sharding_on_cpus():
 
 def launch(ranks, runs):
     """Make the runs, and what they left behind, by name; with None for ranks in one process that sees one GPU."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if ranks is None else {})
-    if _deepspeed(runs) and all(settings.get("use_cpu", True) for settings in runs.values()):
-        environment["DS_ACCELERATOR"] = "cpu"
-    start = [sys.executable] if ranks is None else launcher
+    start, more, environment = [sys.executable], [], dict(os.environ)
+    if ranks is None:
+        environment["CUDA_VISIBLE_DEVICES"] = "0"
+    elif not all(settings.get("use_cpu", True) for settings in runs.values()):
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    else:
+        more = [str(ranks)]
+        environment |= {"OMP_NUM_THREADS": "1"} | ({"DS_ACCELERATOR": "cpu"} if _deepspeed(runs) else {})
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "ends.pt")
-        subprocess.run([*start, __file__, json.dumps(runs), out], check=True, timeout=600, env=environment)
+        subprocess.run([*start, __file__, json.dumps(runs), out, *more], check=True, timeout=600, env=environment)
         return torch.load(out)
 
 
@@ -187,8 +192,8 @@ def end_on_ranks(kind, engine, settings):
     return end
 
 
-if __name__ == "__main__":
-    runs, out = json.loads(sys.argv[1]), sys.argv[2]
+def make(runs, out):
+    """One rank's part of all runs; ends the process."""
     if _deepspeed(runs):
         import deepspeed
 
@@ -209,3 +214,21 @@ if __name__ == "__main__":
     PartialState().wait_for_everyone()
     sys.stderr.flush()
     os._exit(0)
+
+
+def make_as_rank(rank, ranks, port, runs, out):
+    of_all = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    # Ranks meet by the store that is there, as by torchrun's.
+    of_all |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    own = {"RANK": rank, "LOCAL_RANK": rank}
+    os.environ |= {name: str(value) for name, value in (of_all | own).items()}
+    make(runs, out)
+
+
+if __name__ == "__main__":
+    runs, (out, *ranks) = json.loads(sys.argv[1]), sys.argv[2:]
+    if not ranks:
+        make(runs, out)
+    (count,) = map(int, ranks)
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.start_processes(make_as_rank, (count, store.port, runs, out), count, start_method="fork")

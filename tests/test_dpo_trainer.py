@@ -42,6 +42,12 @@ def test_loss_types(model_path, loss_type, own):
     assert (ours.computed["rows"] > 3) == bool(own)
 
 
+def test_equal_rewards_are_no_win(model_path):
+    """Those of a policy that is its reference are all 0, and TRL counts none as right. (`differences` leaves that out.)"""
+    ours = train("preftree", model_path, dataset(text_pairs(5)), max_steps=1)
+    assert ours.state.log_history[0]["rewards/accuracies"] == 0.0
+
+
 @pytest.mark.parametrize("own", [{}, SEVERAL_ROWS], ids=["one-row", "several-rows"])
 @pytest.mark.parametrize(
     "settings",

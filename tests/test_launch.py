@@ -128,7 +128,8 @@ def write_late(folder, *rest):
 
 cli.report.write_report = write_late
 code = cli.main(sys.argv[1:])
-print("LEFT", code, (Path(sys.argv[-1]) / "report.md").is_file(), flush=True)
+# In one piece, or two processes' lines get into each other.
+print(f"LEFT {code} {(Path(sys.argv[-1]) / 'report.md').is_file()}\\n", end="", flush=True)
 """
 
 

@@ -90,7 +90,7 @@ def differences(one, other, except_for: tuple[str, ...] = ()) -> tuple[float, fl
 
     Takes trainers or what `end_of` gives; fails if the two have not logged the same metrics at the same steps. Metrics whose
     name holds one of ``except_for`` are not compared, nor is the share of rewards that are above others (a metric of signs)
-    while the policy is the reference and rewards, on some processors, not quite zero.
+    while the policy is the reference and rewards, on some processors, not all quite zero.
     """
     one, other = (run if isinstance(run, dict) else end_of(run) for run in (one, other))
     metrics = 0.0
@@ -112,7 +112,7 @@ def differences(one, other, except_for: tuple[str, ...] = ()) -> tuple[float, fl
 def _signs_of_rounding(*entries) -> tuple[str, ...]:
     for prefix in ("", "eval_"):
         rewards = [abs(entry.get(f"{prefix}rewards/{of}", 1.0)) for entry in entries for of in ("chosen", "rejected")]
-        if 0 < max(rewards) < 1e-6:
+        if max(rewards) < 1e-6:  # (means of rewards that cancel are 0)
             return (f"{prefix}rewards/accuracies",)
     return ()
 
