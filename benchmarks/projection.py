@@ -59,8 +59,8 @@ def project(
             share = efficiency(two["of_one_gpu"], waits(case_of(name, 2), cost, 2, **how), wait, gpus)
             row = {"case": name, "side": side, "gpus": gpus, "engine": _PROJECTION, "pairs": one["pairs"]}
             row |= {"pairs_per_s": share * gpus * one["pairs_per_s"], "of_one_gpu": share, "imbalance": wait}
-            rates = ("tokens_per_s_per_gpu", "tflops_per_gpu")
-            projected.append(row | {rate: share * one[rate] for rate in rates})
+            row |= {rate: share * one[rate] for rate in ("tokens_per_s_per_gpu", "tflops_per_gpu")}
+            projected.append(row)
             line = f"{name}, {side}, projection: a GPU of {gpus} would do {share:.3f} of what one alone does"
             print(f"{line} (imbalance {wait:.1%})")
     return projected

@@ -43,7 +43,7 @@ def test_loss_types(model_path, loss_type, own):
 
 
 def test_equal_rewards_are_no_win(model_path):
-    """Those of a policy that is its reference are all 0, and TRL counts none as right. (`differences` leaves that out.)"""
+    """Those of a policy that is its reference are all 0, and TRL counts none as right. (`differences` may leave that out.)"""
     ours = train("preftree", model_path, dataset(text_pairs(5)), max_steps=1)
     assert ours.state.log_history[0]["rewards/accuracies"] == 0.0
 

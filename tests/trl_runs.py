@@ -112,7 +112,9 @@ def differences(one, other, except_for: tuple[str, ...] = ()) -> tuple[float, fl
 def _signs_of_rounding(*entries) -> tuple[str, ...]:
     for prefix in ("", "eval_"):
         rewards = [abs(entry.get(f"{prefix}rewards/{of}", 1.0)) for entry in entries for of in ("chosen", "rejected")]
-        if max(rewards) < 1e-6:  # (means of rewards that cancel are 0)
+        # (Means of 0 may be of rewards that cancel: some are above others then, but not all. Of zeros none should be.)
+        cancelled = max(rewards) == 0 and any(0 < entry.get(f"{prefix}rewards/accuracies", 0) < 1 for entry in entries)
+        if cancelled or 0 < max(rewards) < 1e-6:
             return (f"{prefix}rewards/accuracies",)
     return ()
 
